@@ -1,0 +1,37 @@
+# make test   new machine -> .venv -> lint, types, tests        make demo   render and score a few clips
+# make lint   ruff + mypy                                       make bench  the hot paths, timed
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test lint format demo bench clean
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(INSTALLED)
+	$(BIN)/python -m benchmarks.demo --out runs/demo
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.world
+	$(BIN)/python -m benchmarks.rewards
+
+# Torch comes first and pinned: a plain `torch` would bring gigabytes of CUDA to a machine without a GPU.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,viz,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

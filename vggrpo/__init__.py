@@ -1,0 +1,1 @@
+"""Policies and how they learn: flow samplers, GRPO, and the trainer that puts them together."""
