@@ -6,14 +6,14 @@ Frames and axes
     Pixel centres lie at +0.5: the top-left pixel covers [0, 1) x [0, 1) and is centred on (0.5, 0.5).
     `intrinsics` are in pixels of the depth grid they come with (never called K: K is the group size).
 Shapes
-    `*batch` leading axes; `T` frames; `H`, `W` pixels of the geometry's grid. Video is `[*batch T 3 H W]` RGB in [0, 1].
+    `*batch` leading axes; `T` frames; `H`, `W` pixels of its grid. Video is `[*batch T 3 H W]` RGB in [0, 1].
 Validity
     `valid` False: nothing was seen there (sky, padding); depth is then a finite placeholder that nobody may use.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,7 +48,7 @@ class Geometry:
         """The leading axes, `()` for one clip."""
         return self.depth.shape[:-3]
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Geometry":
         """The same geometry with `fn` applied to every tensor: `scene.map(lambda x: x[0])` is the first of a batch."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: fn(x) for name, x in tensors.items() if isinstance(x, Tensor)}

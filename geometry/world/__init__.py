@@ -1,0 +1,6 @@
+"""A procedural 4-D world whose truth is known exactly."""
+
+from geometry.world.clips import CameraCommand, Clip, Tracks, film, make_clip, make_clips
+from geometry.world.trajectory import MOTIONS, Motion
+
+__all__ = ["MOTIONS", "CameraCommand", "Clip", "Motion", "Tracks", "film", "make_clip", "make_clips"]
