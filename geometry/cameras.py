@@ -81,7 +81,7 @@ def unproject(
 def project(
     points: Float[Tensor, "... 3"], intrinsics: Float[Tensor, "*batch 3 3"], c2w: Float[Tensor, "*batch 4 4"]
 ) -> tuple[Tensor, Tensor]:
-    """Of world points `[*batch *grid 3]`, the pixel `[*batch *grid 2]` and z-depth `[*batch *grid]`; depth <= 0 is behind the camera."""
+    """Pixel `[*batch *grid 2]` and z-depth `[*batch *grid]` of world points `[*batch *grid 3]`; depth <= 0: behind."""
     camera = transform(inverse(c2w), points)
     depth = camera[..., 2]
     homogeneous = transform(rigid(intrinsics, torch.zeros_like(intrinsics[..., 0])), camera)

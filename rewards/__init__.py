@@ -1,0 +1,37 @@
+"""Rewards: pure, differentiable functions of a `geometry.Geometry`. Needs torch and kornia only.
+
+from rewards import motion_smoothness
+r = motion_smoothness(scene)          # [*batch]; NaN: cannot be scored
+"""
+
+from rewards.base import RewardFn
+from rewards.motion import MotionErrors, camera_motion, camera_motion_floor, motion_errors, motion_smoothness
+from rewards.reprojection import reprojection_consistency, reprojection_errors
+
+REWARDS: dict[str, RewardFn] = {
+    "motion_smoothness": motion_smoothness,
+    "reprojection_consistency": reprojection_consistency,
+    "camera_motion_floor": camera_motion_floor,
+}
+"""Every shipped reward by name."""
+
+PAPER: dict[str, float] = {"motion_smoothness": 1.0, "reprojection_consistency": 1.0}
+"""The paper's set and weights. A frozen video wins it."""
+
+DEFAULT: dict[str, float] = {**PAPER, "camera_motion_floor": 3.0}
+"""The shipped set: the anti-freeze term weighs more than the other two together, so that even in a group of two, where
+every z-score is +-1, stillness cannot win. While every video of a group moves, it is constant and has no say."""
+
+__all__ = [
+    "DEFAULT",
+    "PAPER",
+    "REWARDS",
+    "MotionErrors",
+    "RewardFn",
+    "camera_motion",
+    "camera_motion_floor",
+    "motion_errors",
+    "motion_smoothness",
+    "reprojection_consistency",
+    "reprojection_errors",
+]

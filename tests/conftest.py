@@ -9,7 +9,7 @@ torch.set_num_threads(1)  # with two threads and a busy neighbour the spin barri
 
 @pytest.fixture
 def as_users_run():
-    """Without the shape checks of the test run, so that bad input meets our own error messages, as it does for users."""
+    """Without the shape checks of the test run: bad input meets our own error messages, as it does for users."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

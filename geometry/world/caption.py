@@ -46,9 +46,9 @@ def _body(body: Body) -> str:
 
 
 def _does(body: Body) -> str:
-    assert body.drift is not None  # every moving body drifts: `scene.py`
-    way = "to the right" if body.drift[0] > 0 else "to the left"
-    return f"{' and '.join(body.going)} {way}"
+    if body.drift is None:
+        return f"{body.going} {'clockwise' if body.spin > 0 else 'anticlockwise'}"
+    return f"{body.going} to the {'right' if body.drift[0] > 0 else 'left'}"
 
 
 def _article(noun: str) -> str:

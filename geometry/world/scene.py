@@ -60,7 +60,7 @@ class Body:
     turn: np.ndarray
     """[3] rotation vector half way through the clip."""
     material: Material
-    going: tuple[Going, ...] = ()
+    going: Going | None = None
     drift: np.ndarray | None = None
     """[3] scene units from the first to the last frame."""
     spin: float = 0.0
@@ -173,7 +173,10 @@ def _draw_body(rng: np.random.Generator, scene: Scene, hero: bool, moving: bool)
 
 
 def _moving(rng: np.random.Generator, body: Body, half_view: float) -> Body:
-    """Every moving body drifts or spins without ever pausing, so that its scene flow is never zero."""
+    """A body drifts or spins at a constant rate, so that it never pauses and its scene flow shows it in every frame.
+
+    It does not do both: then some point of it is at rest at every moment, and only for that moment.
+    """
     going = GOINGS[rng.integers(len(GOINGS))]
     angle = rng.uniform(0, 2 * np.pi)
     drift = (
@@ -183,12 +186,12 @@ def _moving(rng: np.random.Generator, body: Body, half_view: float) -> Body:
     spin = float(rng.choice([-1, 1]) * rng.uniform(1.2, 2.6))
     match going:
         case "slides":
-            return replace(body, going=(going,), drift=drift)
+            return replace(body, going=going, drift=drift)
         case "spins":
-            return replace(body, going=(going, "slides"), spin=spin, drift=0.7 * drift)
+            return replace(body, going=going, spin=spin)
         case "bounces":
             flat = drift * np.array([1, 0, 1])
-            return replace(body, going=(going,), drift=flat, hop=float(0.5 * half_view), hops=float(rng.uniform(1, 2)))
+            return replace(body, going=going, drift=flat, hop=float(0.5 * half_view), hops=float(rng.uniform(1, 2)))
 
 
 _WHEN = np.linspace(-0.55, 0.55, 8)

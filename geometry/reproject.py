@@ -1,0 +1,152 @@
+"""What one frame's points look like from another: motion masks, the fused cloud of a clip, depth compared across views.
+
+The cloud is never held against all views at once: each view is z-buffered in turn without a graph, which keeps memory
+at a few copies of the cloud, and only the points that win a pixel (at most one a pixel) are projected again with one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from geometry.cameras import inverse, project
+from geometry.types import Geometry
+
+EDGE = 1.1
+"""Four neighbouring pixels whose depths differ by more than this factor lie across an edge, not on one surface."""
+NEAR = 1e-6
+"""z-depth (scene units) at or below which a point is behind the camera."""
+
+
+def dynamic_mask(scene: Geometry, threshold: float | Float[Tensor, "*batch"]) -> Bool[Tensor, "*batch T H W"]:
+    """Pixels whose point moves by itself: scene flow longer than `threshold` (scene units; one for all, or one a clip).
+
+    `flow_grid` "frame": the flow of the pixel itself, to the next frame. "first": a point of frame 0 is dynamic if it
+    is ever displaced by more than the threshold; in frame i it marks the pixel where it has come to, and its neighbours
+    (frame 0's grid is coarser than what an approaching body covers), unless something stands well before it.
+    Without scene flow nothing is dynamic.
+    """
+    if scene.scene_flow is None:
+        return torch.zeros_like(scene.depth, dtype=torch.bool)
+    limit = torch.as_tensor(threshold, dtype=scene.depth.dtype, device=scene.depth.device)
+    moved = scene.scene_flow.norm(dim=-1) > limit[..., None, None, None]
+    if scene.flow_grid == "frame":
+        return moved
+    ever = moved.any(dim=-3, keepdim=True)
+    at, depth = project(scene.points[..., :1, :, :, :] + scene.scene_flow, scene.intrinsics, scene.c2w)
+    pixel, inside = _pixel(at, scene.depth.shape[-2], scene.depth.shape[-1])
+    flat = scene.depth.flatten(-2)
+    seen = depth.flatten(-2) < EDGE * flat.gather(-1, pixel.flatten(-2))
+    marks = (inside & ever & (depth > NEAR)).flatten(-2) & seen
+    splat = torch.zeros_like(flat).scatter_reduce(-1, pixel.flatten(-2), marks.to(flat.dtype), "amax")
+    grown = F.max_pool2d(splat.view(-1, 1, *scene.depth.shape[-2:]), 3, stride=1, padding=1).view(scene.depth.shape) > 0
+    return torch.cat([ever, grown[..., 1:, :, :]], dim=-3)
+
+
+class View(NamedTuple):
+    """The fused cloud of a clip rendered into each of its frames, beside the frame's own depth; NaN-free."""
+
+    rendered: Float[Tensor, "*batch T H W"]
+    """z-depth of the nearest point of the cloud that falls into the pixel."""
+    observed: Float[Tensor, "*batch T H W"]
+    """The frame's own depth at that very place."""
+    both: Bool[Tensor, "*batch T H W"]
+    """Both are known: Omega of the paper. Elsewhere the two are placeholders."""
+
+
+def render_cloud(scene: Geometry, usable: Bool[Tensor, "*batch T H W"], *, exclude_self: bool, subpixel: bool) -> View:
+    """Render the points of all frames (or of all *other* frames) into each frame with a z-buffer.
+
+    Args:
+        scene: finite values only.
+        usable: which pixels give points to the cloud and may be compared with it.
+        exclude_self: a frame's own points always agree with its own depth; leave them out.
+        subpixel: compare where the point falls, not at the pixel's centre: the frame's depth is interpolated there
+            (bilinear in 1/depth, which is exact on planes), and places across an edge are left out. Otherwise the
+            centre's depth is used as it is, and a slanted surface differs from itself by up to half a pixel.
+    """
+    *batch, T, H, W = scene.depth.shape
+    cloud, mask = scene.points.reshape(-1, T * H * W, 3), usable.reshape(-1, T * H * W)
+    c2w, intrinsics = scene.c2w.reshape(-1, T, 4, 4), scene.intrinsics.reshape(-1, T, 3, 3)
+    depth, allowed = scene.depth.reshape(-1, T, H * W), usable.reshape(-1, T, H * W)
+    winner = _nearest(cloud.detach(), mask, c2w.detach(), intrinsics.detach(), (H, W), exclude_self)
+    hit = winner >= 0
+    chosen = cloud.gather(1, winner.clamp(min=0).flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, (T, H * W))
+    at, rendered = project(chosen, intrinsics, c2w)
+    if subpixel:
+        observed, known = _interpolate(depth, allowed, at, (H, W))
+    else:
+        observed, known = depth, allowed
+    both = hit & known
+    one = torch.ones_like(observed)  # a placeholder without NaN or gradient
+    return View(*(x.reshape(*batch, T, H, W) for x in (rendered.where(both, one), observed.where(both, one), both)))
+
+
+@torch.no_grad()
+def _nearest(
+    cloud: Float[Tensor, "B N 3"],
+    usable: Bool[Tensor, "B N"],
+    c2w: Float[Tensor, "B T 4 4"],
+    intrinsics: Float[Tensor, "B T 3 3"],
+    size: tuple[int, int],
+    exclude_self: bool,
+) -> Int[Tensor, "B T H*W"]:
+    """Which point of the cloud is nearest in each pixel of each frame; -1 where none falls."""
+    height, width = size
+    pixels = height * width
+    # depth and index in one integer: positive floats sort like their bits, so amin finds the nearest point *and* which.
+    number = torch.arange(cloud.shape[1], device=cloud.device)
+    nobody = torch.iinfo(torch.int64).max
+    x, y, z = cloud.float().unbind(-1)
+    views = (intrinsics @ inverse(c2w)[..., :3, :]).float()
+    winners = []
+    for t in range(c2w.shape[1]):
+        row = views[:, t, :, :, None]
+        u, v, w = (row[:, k, 0] * x + row[:, k, 1] * y + (row[:, k, 2] * z + row[:, k, 3]) for k in range(3))
+        inside = usable & (w > NEAR)
+        if exclude_self:
+            inside[:, t * pixels : (t + 1) * pixels] = False
+        w = torch.where(inside, w, torch.inf)
+        # A border of one pixel takes what falls outside; points behind the camera (w infinite) fall on pixel 0, last.
+        column, line = (u / w).floor_().clamp_(-1, width), (v / w).floor_().clamp_(-1, height)
+        pixel = ((line + 1) * (width + 2) + (column + 1)).to(torch.int64)
+        key = (w.view(torch.int32).to(torch.int64) << 32) | number
+        best = torch.full((len(cloud), (height + 2) * (width + 2)), nobody, device=cloud.device)
+        best.scatter_reduce_(1, pixel, key, "amin")
+        best = best.view(-1, height + 2, width + 2)[:, 1:-1, 1:-1].flatten(1)
+        empty = (best >> 32) >= _INFINITY_BITS
+        winners.append(torch.where(empty, -1, best & 0xFFFFFFFF))
+    return torch.stack(winners, dim=1)
+
+
+_INFINITY_BITS = int(torch.tensor(torch.inf).view(torch.int32))
+
+
+def _interpolate(
+    depth: Float[Tensor, "B T P"], allowed: Bool[Tensor, "B T P"], at: Float[Tensor, "B T Q 2"], size: tuple[int, int]
+) -> tuple[Float[Tensor, "B T Q"], Bool[Tensor, "B T Q"]]:
+    """Depth between the four pixel centres around each place, and whether those are allowed and on one surface."""
+    height, width = size
+    corner = (at.detach() - 0.5).floor()
+    weight = (at - 0.5 - corner).clamp(0, 1)
+    column, line = corner[..., 0], corner[..., 1]
+    inside = (column >= 0) & (line >= 0) & (column < width - 1) & (line < height - 1)
+    first = (line.clamp(0, max(height - 2, 0)) * width + column.clamp(0, max(width - 2, 0))).to(torch.int64)
+    steps = [0, min(1, width - 1), width if height > 1 else 0]
+    indices = torch.stack([first, first + steps[1], first + steps[2], first + steps[1] + steps[2]])
+    near = torch.stack([depth.gather(-1, index) for index in indices])
+    known = inside & torch.stack([allowed.gather(-1, index) for index in indices]).all(0)
+    known &= near.detach().amax(0) < EDGE * near.detach().amin(0)
+    u, v = weight.unbind(-1)
+    shares = torch.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v])
+    safe = near.where(known, torch.ones_like(near))
+    return 1 / (shares / safe).sum(0), known
+
+
+def _pixel(at: Float[Tensor, "... 2"], height: int, width: int) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:
+    """Index of the pixel that holds each place (0 if none does), and whether it is inside the image."""
+    column, line = at.floor().unbind(-1)
+    inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+    return torch.where(inside, line * width + column, 0).to(torch.int64), inside

@@ -1,0 +1,82 @@
+"""How steadily the camera moves, and that it moves at all."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geometry.types import Geometry, check_geometry
+from rewards.base import length, median_depth, ratio, steps
+
+
+class MotionErrors(NamedTuple):
+    """Acceleration over speed at each inner frame, in [0, 1]."""
+
+    translation: Float[Tensor, "*batch inner"]
+    rotation: Float[Tensor, "*batch inner"]
+
+
+def motion_errors(scene: Geometry, *, floor: float = 0.06) -> MotionErrors:
+    """Of every frame but the first and the last: |a| / max(|v| + |v'|, floor), for translation and for rotation.
+
+    v and v' are the camera's steps into and out of the frame, a = v' - v (VGGRPO, arXiv 2603.26599, motion reward;
+    rotation steps are SO(3) logarithms of R_i^T R_{i+1}).
+
+    Args:
+        scene: a clip or a batch of clips; at least 3 frames, or there is nothing to return.
+        floor: the speed below which a camera counts as standing still: radians per two frames for rotation, the same
+            number of median depths for translation. It changes nothing for a camera that moves faster; for one that
+            does not, an *estimated* pose's noise would otherwise be judged as if it were motion: on poses with 0.15
+            degrees of noise the paper's form ranks calm clips almost in reverse (`benchmarks/motion_floor.py`, which
+            chose the default). 0 is the paper's form; then, too, what does not move at all has no error (0/0 is 0).
+
+    Raises:
+        ValueError: a geometry that breaks the conventions, or floor < 0.
+    """
+    check_geometry(scene)
+    if floor < 0:
+        raise ValueError(f"floor must be >= 0, got {floor}")
+    velocity, omega = steps(scene)
+    unit = median_depth(scene)[..., None]
+    return MotionErrors(_jolt(velocity, floor * unit), _jolt(omega, torch.full_like(unit, floor)))
+
+
+def motion_smoothness(scene: Geometry, *, floor: float = 0.06) -> Float[Tensor, "*batch"]:
+    """r = 1/2 (1/(1 + e_trans) + 1/(1 + e_rot)), in [1/2, 1]; 1 is a camera of constant velocity, or one that rests.
+
+    e is the mean over frames of acceleration over speed (VGGRPO, arXiv 2603.26599, motion reward). A camera that only
+    turns has e_trans = 0, so its half of the reward is full, and the other way round. A still camera scores 1: use
+    `camera_motion_floor` beside it. NaN below 3 frames, and where poses or (with a floor) depth are not finite.
+
+    Args and errors as in `motion_errors`.
+    """
+    errors = motion_errors(scene, floor=floor)
+    half = [1 / (1 + error.mean(dim=-1)) for error in errors]  # the mean of no frames is NaN
+    return (half[0] + half[1]) / 2
+
+
+def camera_motion(scene: Geometry) -> Float[Tensor, "*batch"]:
+    """Mean step of the camera: translation in median depths plus rotation in radians, per transition. NaN for T < 2."""
+    check_geometry(scene)
+    velocity, omega = steps(scene)
+    return (length(velocity) / median_depth(scene)[..., None] + length(omega)).mean(dim=-1)
+
+
+def camera_motion_floor(scene: Geometry, *, floor: float = 0.01) -> Float[Tensor, "*batch"]:
+    """-max(0, 1 - motion/floor), in [-1, 0]: 0 for a camera that moves at least `floor`, -1 for a frozen one.
+
+    The anti-freeze term (the hinge of WorldAlign, arXiv 2610.12382, made scale-free); motion is `camera_motion`. Unlike
+    the others it says nothing about a camera that moves enough, so that it cannot be won by shaking.
+
+    Raises:
+        ValueError: a geometry that breaks the conventions, or floor <= 0.
+    """
+    if floor <= 0:
+        raise ValueError(f"floor must be > 0, got {floor}")
+    return -(1 - camera_motion(scene) / floor).clamp(min=0)
+
+
+def _jolt(step: Float[Tensor, "*batch pairs 3"], floor: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch inner"]:
+    before, after = step[..., :-1, :], step[..., 1:, :]
+    return ratio(length(after - before), torch.maximum(length(after) + length(before), floor))
