@@ -71,7 +71,9 @@ def test_stride_and_max_points_thin_the_cloud(outdoors):
     few, _ = export.cloud(scene, stride=3, max_points=50)
     assert len(few) == 50
     assert torch.equal(few, export.cloud(scene, stride=3, max_points=50)[0])
-    assert {tuple(x) for x in few.tolist()} <= {tuple(x) for x in points.tolist()}
+    distinct = {tuple(x) for x in few.tolist()}
+    assert len(distinct) == 50
+    assert distinct <= {tuple(x) for x in points.tolist()}
 
 
 def test_select_drops_what_moves_and_what_is_unsure(moving):
