@@ -39,8 +39,10 @@ def relative(c2w: Float[Tensor, "*batch T 4 4"]) -> Float[Tensor, "*batch T-1 4 
 
 
 def anchored(c2w: Float[Tensor, "*batch T 4 4"]) -> Float[Tensor, "*batch T 4 4"]:
-    """The same path with frame 0's camera as the world."""
-    return inverse(c2w[..., :1, :, :]) @ c2w
+    """The same path with frame 0's camera as the world; a frame with frame 0's pose has exactly the identity."""
+    first = c2w[..., :1, :, :]
+    eye = torch.eye(4, dtype=c2w.dtype, device=c2w.device)
+    return torch.where((c2w == first).flatten(-2).all(-1)[..., None, None], eye, inverse(first) @ c2w)
 
 
 def transform(pose: Float[Tensor, "*batch 4 4"], points: Float[Tensor, "... 3"]) -> Tensor:

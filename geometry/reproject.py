@@ -16,6 +16,8 @@ from geometry.types import Geometry
 
 EDGE = 1.1
 """Four neighbouring pixels whose depths differ by more than this factor lie across an edge, not on one surface."""
+MINIMUM_SHARE = 1e-3
+"""A pixel centre with a smaller bilinear share in a place is not asked for its depth there."""
 NEAR = 1e-6
 """z-depth (scene units) at or below which a point is behind the camera."""
 
@@ -92,7 +94,7 @@ def _nearest(
     intrinsics: Float[Tensor, "B T 3 3"],
     size: tuple[int, int],
     exclude_self: bool,
-) -> Int[Tensor, "B T H*W"]:
+) -> Int[Tensor, "B T pixels"]:
     """Which point of the cloud is nearest in each pixel of each frame; -1 where none falls."""
     height, width = size
     pixels = height * width
@@ -127,22 +129,27 @@ _INFINITY_BITS = int(torch.tensor(torch.inf).view(torch.int32))
 def _interpolate(
     depth: Float[Tensor, "B T P"], allowed: Bool[Tensor, "B T P"], at: Float[Tensor, "B T Q 2"], size: tuple[int, int]
 ) -> tuple[Float[Tensor, "B T Q"], Bool[Tensor, "B T Q"]]:
-    """Depth between the four pixel centres around each place, and whether those are allowed and on one surface."""
+    """Depth between the four pixel centres around each place, and whether those are allowed and on one surface.
+
+    A centre with next to no share in the place is not asked: a camera that moves along a row puts every point exactly
+    on a line of centres, and rounding must not decide which of the two rows beside it has a say.
+    """
     height, width = size
     corner = (at.detach() - 0.5).floor()
-    weight = (at - 0.5 - corner).clamp(0, 1)
-    column, line = corner[..., 0], corner[..., 1]
-    inside = (column >= 0) & (line >= 0) & (column < width - 1) & (line < height - 1)
-    first = (line.clamp(0, max(height - 2, 0)) * width + column.clamp(0, max(width - 2, 0))).to(torch.int64)
-    steps = [0, min(1, width - 1), width if height > 1 else 0]
-    indices = torch.stack([first, first + steps[1], first + steps[2], first + steps[1] + steps[2]])
-    near = torch.stack([depth.gather(-1, index) for index in indices])
-    known = inside & torch.stack([allowed.gather(-1, index) for index in indices]).all(0)
-    known &= near.detach().amax(0) < EDGE * near.detach().amin(0)
-    u, v = weight.unbind(-1)
+    u, v = (at - 0.5 - corner).unbind(-1)
     shares = torch.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v])
-    safe = near.where(known, torch.ones_like(near))
-    return 1 / (shares / safe).sum(0), known
+    asked = shares.detach() > MINIMUM_SHARE
+    column = corner[..., 0] + corner.new_tensor([0, 1, 0, 1]).view(4, 1, 1, 1)
+    line = corner[..., 1] + corner.new_tensor([0, 0, 1, 1]).view(4, 1, 1, 1)
+    inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+    index = (line.clamp(0, height - 1) * width + column.clamp(0, width - 1)).to(torch.int64)
+    near = depth.expand(4, *depth.shape).gather(-1, index)
+    known = ((inside & allowed.expand(4, *allowed.shape).gather(-1, index)) | ~asked).all(0)
+    low, high = (near.detach().where(asked, pad) for pad in (near.new_tensor(torch.inf), near.new_tensor(0.0)))
+    known &= high.amax(0) < EDGE * low.amin(0)
+    safe = near.where(known & asked, torch.ones_like(near))
+    shares = shares.where(asked, torch.zeros_like(shares))
+    return shares.sum(0) / (shares / safe).sum(0), known
 
 
 def _pixel(at: Float[Tensor, "... 2"], height: int, width: int) -> tuple[Int[Tensor, "..."], Bool[Tensor, "..."]]:

@@ -38,7 +38,7 @@ def motion_errors(scene: Geometry, *, floor: float = 0.06) -> MotionErrors:
     if floor < 0:
         raise ValueError(f"floor must be >= 0, got {floor}")
     velocity, omega = steps(scene)
-    unit = median_depth(scene)[..., None]
+    unit = median_depth(scene)[..., None] if floor > 0 else torch.zeros_like(scene.depth[..., 0, 0, :1])
     return MotionErrors(_jolt(velocity, floor * unit), _jolt(omega, torch.full_like(unit, floor)))
 
 

@@ -53,6 +53,8 @@ class Clip:
     command: CameraCommand
     shot: Shot
     """What the clip was rendered from, always with a batch axis; `film` renders it again."""
+    supersample: int = 2
+    """Rays per pixel side that the colours were rendered with."""
 
     @property
     def batched(self) -> bool:
@@ -71,7 +73,9 @@ class Clip:
         )
         shot = self.shot.map(lambda x: x[index : index + 1] if index >= 0 else x[index:][:1])
         scene = self.geometry.map(lambda x: x[index])
-        return Clip(self.video[index], scene, self.instances[index], self.caption[index], command, shot)
+        return Clip(
+            self.video[index], scene, self.instances[index], self.caption[index], command, shot, self.supersample
+        )
 
     def track(self, pixels: Float[Tensor, "*batch N 2"]) -> Tracks:
         """Follow what is seen at N pixels (u, v) of frame 0 (centres at +0.5); exact, also where hidden."""
@@ -169,7 +173,7 @@ def _clip(takes: list[Take], size: tuple[int, int], supersample: int, device: to
         torch.tensor([take.move.speed for take in takes], device=device),
         torch.stack([take.relative_pose for take in takes]).to(device),
     )
-    return Clip(video, geometry, instances, tuple(take.caption for take in takes), command, shot)
+    return Clip(video, geometry, instances, tuple(take.caption for take in takes), command, shot, supersample)
 
 
 def film(

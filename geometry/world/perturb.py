@@ -58,7 +58,7 @@ def time_reversal(clip: Clip, magnitude: float, seed: int = 0) -> Clip:
 
 
 def pose_jitter(clip: Clip, magnitude: float, seed: int = 0) -> Clip:
-    """The camera shakes by `magnitude` degrees and 0.02 times as many scene units per axis and frame; the world is solid."""
+    """The camera shakes by `magnitude` degrees and 0.02 times as many scene units per axis; the world stays solid."""
     rng, shot = np.random.default_rng(seed), clip.shot
     drawn = [shake(rng, shot.camera.shape[1], magnitude) for _ in range(len(clip))]
     position, rotation = (torch.from_numpy(np.stack(x)).to(shot.camera) for x in zip(*drawn, strict=True))
@@ -67,7 +67,7 @@ def pose_jitter(clip: Clip, magnitude: float, seed: int = 0) -> Clip:
 
 
 def depth_flicker(clip: Clip, magnitude: float, seed: int = 0) -> Clip:
-    """Every frame's depth but the first's is off by its own factor exp(`magnitude` n), n normal; no pixel can show it."""
+    """Depth after frame 0 is off by a factor exp(`magnitude` n) a frame, n normal; no pixel can show it."""
     scene, rng = clip.geometry, torch.Generator().manual_seed(seed)
     exponent = magnitude * torch.randn(scene.depth.shape[:-2], generator=rng).to(scene.depth)
     exponent[..., 0] = 0
@@ -133,7 +133,7 @@ PERTURBATIONS: dict[str, Perturbation] = {
 
 def _filmed(clip: Clip, shot: Shot, shift: Tensor | None = None) -> Clip:
     size = (clip.video.shape[-2], clip.video.shape[-1])
-    video, scene, instances = film(shot, size, shift=shift)
+    video, scene, instances = film(shot, size, clip.supersample, shift)
     if not clip.batched:
         video, scene, instances = video[0], scene.map(lambda x: x[0]), instances[0]
     return replace(clip, video=video, geometry=scene, instances=instances, shot=shot)
@@ -152,9 +152,7 @@ def _reordered(clip: Clip, order: np.ndarray) -> Clip:
     motion = step - torch.eye(4, dtype=step.dtype, device=step.device)
     motion[(pose[:, 1:] == pose[:, :-1]).flatten(-2).all(-1)] = 0  # exactly
     motion = torch.cat([motion, motion[:, -1:]], dim=1) if motion.shape[1] else torch.zeros_like(pose)
-    c2w = anchored(camera)
-    c2w[:, 0] = torch.eye(4)
-    return _filmed(clip, replace(shot, c2w=c2w.float(), world=world.float(), motion=motion.float()))
+    return _filmed(clip, replace(shot, c2w=anchored(camera).float(), world=world.float(), motion=motion.float()))
 
 
 def _fields(clip: Clip, frames: int, seed: int) -> Float[Tensor, "B frames H W 2"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geometry.cameras import inverse, pinhole, relative, rigid, so3_exp, so3_log
+from geometry.cameras import anchored, inverse, pinhole, relative, rigid, so3_exp, so3_log
 from geometry.world.caption import caption
 from geometry.world.scene import Body, Material, Scene, draw_scene
 from geometry.world.shot import PATTERN_CODES, SHAPE_CODES, Shot
@@ -105,13 +105,11 @@ def _shot(scene: Scene, camera: Float[Tensor, "T 4 4"], size: tuple[int, int]) -
     room = torch.from_numpy(_BACKDROP.copy() if scene.room is None else scene.room)
     room[1, 1] = scene.floor
     world = inverse(camera[0])
-    c2w = world @ camera
-    c2w[0] = torch.eye(4)
     motion = world @ poses[2:] @ inverse(world @ poses[1:-1]) - torch.eye(4)
     motion[:, [n for n in range(MAX_BODIES) if n >= len(scene.bodies) or not scene.bodies[n].going]] = 0  # exactly
     fields = {
         "camera": camera,
-        "c2w": c2w,
+        "c2w": anchored(camera),
         "world": world,
         "intrinsics": pinhole(torch.tensor(scene.fov, dtype=torch.float64), *size),
         "room": room,

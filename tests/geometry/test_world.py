@@ -76,7 +76,8 @@ def test_exact_rays_find_static_points_at_their_depth(clips):
     pixels = torch.rand(len(clips), 500, 2, generator=torch.Generator().manual_seed(0)) * 64
     tracks = clips.track(pixels)
     at, depth = project(tracks.points, clips.geometry.intrinsics, clips.geometry.c2w)
-    torch.testing.assert_close(at, tracks.pixels, rtol=1e-4, atol=1e-2)
+    ahead = tracks.depth > 0.2  # pixels of what is beside or behind the camera are as large as you like
+    torch.testing.assert_close(at[ahead], tracks.pixels[ahead], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(depth, tracks.depth, rtol=1e-4, atol=1e-4)
     seen = cast(clips.shot, *rays_through(clips.shot, at[:, :, None])).depth[:, :, 0]
     error = ((seen - depth).abs() / depth)[tracks.visible]
@@ -147,7 +148,7 @@ def test_jitter_shakes_the_camera_and_nothing_else():
     assert torch.equal(calm.video[0], shaky.video[0])
     assert torch.equal(calm.command.relative_pose, shaky.command.relative_pose)
     assert torch.equal(calm.shot.pose, shaky.shot.pose)
-    many = make_clips(range(64), motion="static", jitter=2.0).geometry.c2w[:, 1:]
+    many = make_clips(range(64), size=(8, 8), supersample=1, motion="static", jitter=2.0).geometry.c2w[:, 1:]
     angle = torch.rad2deg(torch.acos(((many[..., :3, :3].diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1)))
     assert (angle**2).mean().sqrt() == pytest.approx(2.0 * 3**0.5, rel=0.05)
     assert many[..., :3, 3].std() == pytest.approx(0.04, rel=0.05)
@@ -173,7 +174,7 @@ def test_commands_are_what_the_camera_does():
 
 
 def test_dynamic_pixels_are_a_substantial_share():
-    clips = make_clips(range(1000, 1064), dynamic=True)
+    clips = make_clips(range(1000, 1064), size=(32, 32), supersample=1, dynamic=True)
     share = (clips.geometry.scene_flow.norm(dim=-1) > 0).float().mean((1, 2, 3))
     assert share.mean() > 0.15
     assert (share > 0.02).all()
@@ -186,7 +187,7 @@ def test_captions_name_camera_place_bodies_and_motion():
     bodies = [name for name in ("box", "sphere", "cylinder") if name in clip.caption]
     assert bodies
     assert any(verb in clip.caption for verb in ("slides", "spins", "bounces"))
-    assert len({make_clip(s).caption for s in range(32)}) == 32
+    assert len(set(make_clips(range(32), size=(8, 8), supersample=1).caption)) == 32
 
 
 def test_boxes_bound_what_is_seen_of_each_body():

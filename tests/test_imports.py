@@ -1,0 +1,100 @@
+"""Imports point one way, and what stands alone is shown to: by reading the code, and by a fresh process."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "open3d",
+    "av",
+    "peft",
+    "rerun",
+    "matplotlib",
+    "trimesh",
+)
+RULES = {
+    "geometry": ("rewards", "vggrpo"),
+    "rewards": ("vggrpo", "geometry.world", "geometry.export", "geometry.models", "geometry.latent", "geometry.stitch"),
+    "vggrpo/trainer.py": ("vggrpo.policy",),
+    "vggrpo/grpo.py": ("geometry", "rewards", "vggrpo"),
+    "vggrpo/evaluate": ("rewards", "geometry.latent"),
+}
+
+
+def imports(source: str) -> set[str]:
+    """Every module that some source imports, at any depth; `from a import b` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def forbidden(source: str, rules: tuple[str, ...]) -> set[str]:
+    return {name for name in imports(source) for rule in rules if name == rule or name.startswith(f"{rule}.")}
+
+
+@pytest.mark.parametrize("where", RULES)
+def test_imports_point_one_way(where):
+    path = ROOT / where
+    files = [path] if path.suffix else sorted(path.rglob("*.py"))
+    broken = {str(file.relative_to(ROOT)): forbidden(file.read_text(), RULES[where]) for file in files if file.exists()}
+    assert not {name: modules for name, modules in broken.items() if modules}
+
+
+def test_the_rule_can_be_broken():
+    assert forbidden("import rewards", RULES["geometry"]) == {"rewards"}
+    assert forbidden("def f():\n    from vggrpo.policy import wan", RULES["vggrpo/trainer.py"]) == {
+        "vggrpo.policy",
+        "vggrpo.policy.wan",
+    }
+    assert forbidden("from geometry import world", RULES["rewards"]) == {"geometry.world"}
+    assert not forbidden("import geometry.cameras", RULES["rewards"])
+
+
+def loaded(statement: str) -> set[str]:
+    """Heavy packages in a fresh interpreter after a statement."""
+    code = f"import sys\n{statement}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("package", ["geometry", "geometry.world", "rewards"])
+def test_light_packages_load_nothing_heavy(package):
+    assert loaded(f"import {package}") == set()
+
+
+def test_a_heavy_import_is_noticed():
+    assert loaded("import matplotlib") == {"matplotlib"}
+
+
+def test_rewards_need_only_torch_and_kornia():
+    """Every other third-party package blocked, as on a machine that has only those two and what they bring."""
+    block = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {names!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from rewards import REWARDS, motion_smoothness
+from geometry import Geometry
+c2w = torch.eye(4).repeat(5, 1, 1)
+scene = Geometry(c2w, torch.eye(3).repeat(5, 1, 1), torch.ones(5, 4, 4), torch.ones(5, 4, 4, 3))
+print(float(motion_smoothness(scene)))
+"""
+    code = block.replace("{names!r}", repr({*HEAVY, "scipy", "cv2", "pycolmap", "beartype", "pytest", "yaml"}))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) == 1.0
