@@ -22,15 +22,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from geometry.cameras import inverse, unproject
+from geometry.reproject import dynamic_mask
 from geometry.types import Geometry, check_geometry
 
 Video = Float[Tensor, "T 3 h w"] | None
 
 
 def select(scene: Geometry, *, min_confidence: float | None = None, max_motion: float | None = None) -> Geometry:
-    """The same geometry without pixels of confidence < `min_confidence` or of |scene_flow| > `max_motion`.
+    """The same geometry without pixels of confidence < `min_confidence` or of more motion than `max_motion`.
 
-    `max_motion` is in scene units per frame and needs `flow_grid` "frame". Use: `save_ply(path, select(scene, ...))`.
+    `max_motion` is the threshold of `dynamic_mask`, scene units. Use: `save_ply(path, select(scene, ...))`.
     """
     keep = torch.ones_like(scene.depth, dtype=torch.bool) if scene.valid is None else scene.valid
     if min_confidence is not None:
@@ -38,9 +39,9 @@ def select(scene: Geometry, *, min_confidence: float | None = None, max_motion: 
             raise ValueError("min_confidence needs a geometry with confidence, and this one has none")
         keep = keep & (scene.confidence >= min_confidence)
     if max_motion is not None:
-        if scene.scene_flow is None or scene.flow_grid != "frame":
-            raise ValueError(f'max_motion needs scene_flow on the grid "frame", and this one is {scene.flow_grid}')
-        keep = keep & (scene.scene_flow.norm(dim=-1) <= max_motion)
+        if scene.scene_flow is None:
+            raise ValueError("max_motion needs a geometry with scene_flow, and this one has none")
+        keep = keep & ~dynamic_mask(scene, max_motion)
     return replace(scene, valid=keep)
 
 
@@ -191,6 +192,8 @@ def _one_clip(scene: Geometry, video: Video, stride: int = 1) -> tuple[Geometry,
     """The clip in fp32 on the CPU, which pixels count (on `stride`), and every pixel's colour (uint8 [T H W 3])."""
     if scene.batch:
         raise ValueError(f"one clip at a time, this is a batch {list(scene.batch)}: scene.map(lambda x: x[0]) is one")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
     check_geometry(scene)
     scene = scene.map(lambda x: x.detach().cpu() if x.dtype == torch.bool else x.detach().cpu().float())
     if not (scene.c2w.isfinite().all() and scene.intrinsics.isfinite().all()):

@@ -389,8 +389,8 @@ def test_bad_options_are_refused_by_name(outdoors):
         export.fuse(scene, voxel=0.0)
     with pytest.raises(ValueError, match="min_confidence needs"):
         export.select(scene, min_confidence=0.5)
-    with pytest.raises(ValueError, match='max_motion needs scene_flow on the grid "frame"'):
-        export.select(replace(scene, flow_grid="first"), max_motion=0.5)
+    with pytest.raises(ValueError, match="max_motion needs a geometry with scene_flow"):
+        export.select(replace(scene, scene_flow=None, flow_grid=None), max_motion=0.5)
     skewed = scene.intrinsics + torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]])
     with pytest.raises(ValueError, match="no skew"):
         export.fuse(replace(scene, intrinsics=skewed))
