@@ -1,9 +1,8 @@
 """A grammar that turns a scene and a camera command into a prompt."""
 
-from geometry.world.scene import Body, Material, Scene
+from geometry.world.scene import Body, Scene
 from geometry.world.trajectory import Move
 
-_SURFACE = {"noise": "marbled", "checker": "checkered", "stripes": "striped", "gradient": "two-tone"}
 _CAMERA = {
     "static": ("The camera stands still",),
     "pan": ("The camera pans left", "The camera pans right"),
@@ -24,25 +23,17 @@ def caption(scene: Scene, move: Move) -> str:
     camera = verb[0] if len(verb) == 1 else verb[int(move.side > 0)]
     speed = "" if move.motion == "static" else f" {_pace(move.speed)}"
     if scene.room is None:
-        place = f"on {_article(_surface(scene.surfaces[3]))} ground under the sky"
+        place = f"on {_article(scene.surfaces[3].name)} ground under the sky"
     else:
-        floor, wall = _surface(scene.surfaces[3]), _surface(scene.surfaces[5])
+        floor, wall = scene.surfaces[3].name, scene.surfaces[5].name
         place = f"in a room with {_article(floor)} floor and {_article(wall)} wall"
-    bodies = _listed([_article(_body(body)) for body in scene.bodies])
-    moving = [f" The {_body(body)} {_does(body)}." for body in scene.bodies if body.going]
+    bodies = _listed([_article(body.name) for body in scene.bodies])
+    moving = [f" The {body.name} {_does(body)}." for body in scene.bodies if body.going]
     return f"{camera}{speed} {place}. There are {bodies}.{''.join(moving)}"
 
 
 def _pace(speed: float) -> str:
     return "slowly" if speed < 0.9 else "fast" if speed > 1.2 else "steadily"
-
-
-def _surface(material: Material) -> str:
-    return f"{_SURFACE[material.pattern]} {material.color}"
-
-
-def _body(body: Body) -> str:
-    return f"{_surface(body.material)} {body.shape}"
 
 
 def _does(body: Body) -> str:

@@ -16,6 +16,12 @@ Going = Literal["slides", "spins", "bounces"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 GOINGS: tuple[Going, ...] = get_args(Going)
+SURFACES: dict[Pattern, str] = {
+    "noise": "marbled",
+    "checker": "checkered",
+    "stripes": "striped",
+    "gradient": "two-tone",
+}
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.80, 0.20, 0.18),
@@ -47,6 +53,11 @@ class Material:
     offset: np.ndarray
     """[3]: where in the noise it starts."""
 
+    @property
+    def name(self) -> str:
+        """Surface and colour in words."""
+        return f"{SURFACES[self.pattern]} {self.color}"
+
 
 @dataclass(frozen=True)
 class Body:
@@ -69,6 +80,11 @@ class Body:
     """Height of a bounce, scene units."""
     hops: float = 0.0
     """Bounces per clip."""
+
+    @property
+    def name(self) -> str:
+        """What a caption calls it: surface, colour and shape."""
+        return f"{self.material.name} {self.shape}"
 
     @property
     def radius(self) -> float:
@@ -97,7 +113,7 @@ class Scene:
     room: np.ndarray | None
     """[2 3] lower and upper corner; None: open ground under a sky."""
     surfaces: tuple[Material, ...]
-    """Left, right, ceiling, floor, front, back (axis by axis, lower then upper); open ground uses the floor's."""
+    """Left, right, ceiling, floor, behind, ahead (axis by axis, lower then upper); open ground uses the floor's."""
     sky: np.ndarray
     """[2 3] colours at the horizon and overhead."""
     light: np.ndarray
@@ -145,8 +161,9 @@ def _draw_bodies(rng: np.random.Generator, scene: Scene, dynamic: bool, cell: fl
         hero = dynamic and not bodies
         body = _draw_body(rng, scene, hero, moving=hero or (dynamic and rng.random() < 0.3))
         if _fits(body, bodies, scene):
-            material = _draw_material(rng, cell * float(body.centre[2]) * rng.uniform(0.12, 0.22))
-            bodies.append(replace(body, material=material))
+            body = replace(body, material=_draw_material(rng, cell * float(body.centre[2]) * rng.uniform(0.12, 0.22)))
+            if body.name not in {other.name for other in bodies}:  # so that a caption says which one moves
+                bodies.append(body)
         if len(bodies) == num_bodies:
             break
     return tuple(bodies)
