@@ -12,7 +12,7 @@ Stochastic steps return the Gaussian of z_{t_next} given z_t. A marginal is kept
 so the steps differ in sigma_t alone: Flow-SDE a sqrt(t / (1 - t)), Dance-SDE a constant. Flow-CPS is DDIM's step.
 
 The two ends, decided here and nowhere else
-    t = 1: Flow-SDE's sigma_t is infinite. There 1 - t becomes 1 - t_next, so that the first step has std a on every grid
+    t = 1: Flow-SDE's sigma_t is infinite. There 1 - t becomes 1 - t_next, so that the first step has std a on any grid
         (Flow-GRPO's guard). "There" is t >= 0.999: Wan's schedulers start at 1, at 1 - 1e-6 or at 999/1000, and a guard
         that waits for t == 1 lets the last two through, with noise many times larger than the latents.
     t = 0: no stochastic step ends there. The last step is always an ODE step.
@@ -29,7 +29,7 @@ from torch import Tensor
 Latent = Float[Tensor, "..."]
 Time = float | Float[Tensor, "..."]
 Velocity = Callable[[Latent, Time], Latent]
-"""(z_t, t) -> v, the condition already bound."""
+"""(z_t, t) -> v, the condition already bound. Samplers pass t as the grid holds it: a float64 scalar on the CPU."""
 
 NOISE_END = 0.999
 

@@ -19,8 +19,8 @@ Randomness = torch.Generator | Sequence[torch.Generator]
 def time_grid(num_steps: int, shift: float = 1.0, start: float = 1.0) -> Float[Tensor, " S+1"]:
     """Times t_0 > ... > t_S = 0 of S = `num_steps` steps, float64 on the CPU.
 
-    Uniform in u from `start` to 0, then t = shift u / (1 + (shift - 1) u): Wan spends more steps near the noise (shift 3
-    at 480p, 5 at 720p). `start` = 1 gives t_0 = 1; 0.999 gives the grid of Wan's scheduler in diffusers, UniPC.
+    Uniform in u from `start` to 0, then t = shift u / (1 + (shift - 1) u): Wan spends more steps near the noise (shift
+    3 at 480p, 5 at 720p). `start` = 1 gives t_0 = 1; 0.999 gives the grid of Wan's scheduler in diffusers, UniPC.
 
     Raises:
         ValueError: num_steps < 1, shift <= 0, or start outside (0, 1].
@@ -55,7 +55,7 @@ class Window:
     stride: int = 1
     """Steps that a progressive window moves by."""
     seed: int = 0
-    """Of the random window: its place depends on seed and iteration alone, the same on every rank and after a resume."""
+    """Of the random window: its place depends on seed and iteration alone, alike on every rank and after a resume."""
 
     def check(self, num_steps: int) -> None:
         """Refuse a window that does not fit a grid of `num_steps` steps.
@@ -144,18 +144,17 @@ def rollout(
     """Sample groups of K = `group_size`: ODE steps up to the window, SDE steps inside it, ODE steps after it.
 
     `z` is the initial noise, at grid[0]: G = K, or G = 1 for groups that share theirs. Such a group is one sample until
-    the window begins: the ODE prefix runs once per prompt, and `velocity` sees [B 1 *latent] there, [B K *latent] after.
-    States in the window are rounded to `dtype` before they are used, by the velocity and the log-probability alike.
+    the window begins: the ODE prefix runs once per prompt, and `velocity` sees [B 1 *latent] there, [B K *latent]
+    after. States in the window are rounded to `dtype` before they are used, by velocity and log-probability alike.
 
     Raises:
-        ValueError: a window outside the grid or at its last step, noise <= 0, G neither 1 nor K, a grid that does not end
-            at 0, or a number of generators that is not the number of prompts.
+        ValueError: a window outside the grid or at its last step, noise <= 0, G neither 1 nor K, a grid that does not
+            end at 0, or a number of generators that is not the number of prompts.
     """
     num_steps = len(grid) - 1
     if len(steps) == 0 or steps.step != 1 or steps.start < 0 or steps.stop > num_steps - 1:
         raise ValueError(
-            f"trained steps must be a range within 0..{num_steps - 2} (step {num_steps - 1}, the last, is an ODE step), "
-            f"got {steps}"
+            f"trained steps must be a range in 0..{num_steps - 2}, got {steps}: the last of {num_steps} is an ODE step"
         )
     if not noise > 0:
         raise ValueError(f"trained steps need noise > 0, got {noise:g}")
