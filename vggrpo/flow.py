@@ -12,9 +12,9 @@ Stochastic steps return the Gaussian of z_{t_next} given z_t. A marginal is kept
 so the steps differ in sigma_t alone: Flow-SDE a sqrt(t / (1 - t)), Dance-SDE a constant. Flow-CPS is DDIM's step.
 
 The two ends, decided here and nowhere else
-    t = 1: Flow-SDE's sigma_t is infinite. There 1 - t becomes 1 - t_next, so that the first step has std a on any grid
-        (Flow-GRPO's guard). "There" is t >= 0.999: Wan's schedulers start at 1, at 1 - 1e-6 or at 999/1000, and a guard
-        that waits for t == 1 lets the last two through, with noise many times larger than the latents.
+    t = 1: Flow-SDE's sigma_t is infinite. There 1 - t becomes t - t_next, so that the first step has std a sqrt(t) on any
+        grid (at t = 1 this is Flow-GRPO's guard). "There" is t >= 0.999: schedulers start at 1, at 1 - 1e-6 or at
+        999/1000, and a guard that waits for t == 1 lets the last two through, with noise larger than the latents.
     t = 0: no stochastic step ends there. The last step is always an ODE step.
 """
 
@@ -76,7 +76,7 @@ def flow_sde_step(z_t: Latent, v: Latent, t: Time, t_next: Time, noise: float) -
         ValueError: noise <= 0, or not 1 >= t > t_next > 0.
     """
     t, t_next = _check_times(t, t_next, noise)
-    distance = 1 - torch.where(t >= NOISE_END, t_next, t)
+    distance = torch.where(t >= NOISE_END, t - t_next, 1 - t)
     return _sde_step(z_t, v, t, t_next, sigma=noise * (t / distance).sqrt())
 
 

@@ -16,22 +16,21 @@ Randomness = torch.Generator | Sequence[torch.Generator]
 """One generator, or one per prompt: then a prompt's noise does not depend on which rank or batch it is in."""
 
 
-def time_grid(num_steps: int, shift: float = 1.0, start: float = 1.0) -> Float[Tensor, " S+1"]:
+def time_grid(num_steps: int, shift: float = 1.0) -> Float[Tensor, " {num_steps}+1"]:
     """Times t_0 > ... > t_S = 0 of S = `num_steps` steps, float64 on the CPU.
 
-    Uniform in u from `start` to 0, then t = shift u / (1 + (shift - 1) u): Wan spends more steps near the noise (shift
-    3 at 480p, 5 at 720p). `start` = 1 gives t_0 = 1; 0.999 gives the grid of Wan's scheduler in diffusers, UniPC.
+    Uniform in u from 1 to 0, then t = shift u / (1 + (shift - 1) u): Wan spends more steps near the noise (shift 3 at
+    480p, 5 at 720p). A diffusers scheduler's own `sigmas` will do as a grid too: UniPC's are these, with u from
+    1 - 1e-6 to 0.001 and then 0.
 
     Raises:
-        ValueError: num_steps < 1, shift <= 0, or start outside (0, 1].
+        ValueError: num_steps < 1 or shift <= 0.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not shift > 0:
         raise ValueError(f"shift must be > 0 (1 is uniform, Wan uses 3 or 5), got {shift:g}")
-    if not 0 < start <= 1:
-        raise ValueError(f"start must be in (0, 1], got {start:g}")
-    u = start * torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -106,17 +105,15 @@ class Trajectory:
 
     z0: Float[Tensor, "B K *latent"]
     """The samples, fp32 (float64 if the noise was)."""
-    states: Float[Tensor, "n+1 B K *latent"]
+    states: Float[Tensor, "states B K *latent"]
     """In the storage dtype; trained step i goes from states[i] (its z_t) to states[i+1] (its z_next)."""
-    log_prob: Float[Tensor, "B K n"]
+    log_prob: Float[Tensor, "B K steps"]
     """Of states[i+1] as stored: a replay that reads `states` back finds the same number."""
     steps: range
     """The trained steps: grid[steps[i]] is the time of states[i]."""
 
 
-def ode_sample(
-    velocity: Velocity, z: Latent, grid: Float[Tensor, " S+1"], solver: Literal["euler", "heun"] = "euler"
-) -> Latent:
+def ode_sample(velocity: Velocity, z: Latent, grid: Float[Tensor, " times"], solver: str = "euler") -> Latent:
     """Walk z from grid[0] to grid[-1] along dz = v dt. Any part of a grid will do; one time alone returns z.
 
     Raises:
@@ -133,7 +130,7 @@ def ode_sample(
 def rollout(
     velocity: Velocity,
     z: Float[Tensor, "B G *latent"],
-    grid: Float[Tensor, " S+1"],
+    grid: Float[Tensor, " times"],
     steps: range,
     sde: SdeStep,
     noise: float,
