@@ -10,7 +10,7 @@ prompts that read the same stay two groups.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int64, Num
@@ -36,10 +36,10 @@ class Condition:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def __getitem__(self, part: slice) -> Self:
+    def __getitem__(self, part: slice) -> "Condition":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen: dict[str, Any] = {name: None if value is None else value[part] for name, value in values.items()}
-        return type(self)(**chosen)
+        return Condition(**chosen)
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,6 @@ class Streams:
     def group(self, b: int) -> torch.Generator:
         """What the members of a group share: their initial noise, if it is shared."""
         return _stream("group", self.seed, self.iteration, self.first_prompt + b)
-
-    def batch(self) -> torch.Generator:
-        """What the whole batch shares, on all ranks: a random window."""
-        return _stream("batch", self.seed, self.iteration)
 
 
 def _stream(*name: str | int) -> torch.Generator:
