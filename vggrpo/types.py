@@ -10,7 +10,7 @@ prompts that read the same stay two groups.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, Num
@@ -108,6 +108,7 @@ class Replay:
     """None where there is no Gaussian (tokens) or nobody asked."""
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Anything that samples, and can say again how likely each of its decisions is."""
 

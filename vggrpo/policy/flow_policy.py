@@ -31,7 +31,7 @@ Encoder = Callable[[Condition], Tensor]
 
 @dataclass(frozen=True)
 class FlowTrajectory:
-    """A rollout's notes, n = B K videos flat. Step `steps[i]` goes from states[i] to states[i + 1]: N = S + 1 states."""
+    """A rollout's notes on n = B K videos. Step `steps[i]` goes from states[i] to states[i + 1]: N = S + 1 states."""
 
     steps: range
     states: Float[Tensor, "N n 1 *latent"]
