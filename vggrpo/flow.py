@@ -12,9 +12,9 @@ Stochastic steps return the Gaussian of z_{t_next} given z_t. A marginal is kept
 so the steps differ in sigma_t alone: Flow-SDE a sqrt(t / (1 - t)), Dance-SDE a constant. Flow-CPS is DDIM's step.
 
 The two ends, decided here and nowhere else
-    t = 1: Flow-SDE's sigma_t is infinite. There 1 - t becomes t - t_next, so that the first step has std a sqrt(t) on any
-        grid (at t = 1 this is Flow-GRPO's guard). "There" is t >= 0.999: schedulers start at 1, at 1 - 1e-6 or at
-        999/1000, and a guard that waits for t == 1 lets the last two through, with noise larger than the latents.
+    t = 1: Flow-SDE's sigma_t is infinite. There 1 - t becomes t - t_next: the first step has std a sqrt(t) on any grid
+        (at t = 1 this is Flow-GRPO's guard). "There" is t >= 0.999: schedulers start at 1, at 1 - 1e-6 or at 999/1000,
+        and a guard that waits for t == 1 lets the last two through, with noise larger than the latents.
     t = 0: no stochastic step ends there. The last step is always an ODE step.
 """
 
