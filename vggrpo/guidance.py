@@ -32,7 +32,7 @@ def guided(
     velocity: Velocity,
     reward: Callable[[Latent], Float[Tensor, "*batch"]],
     scale: float,
-    grid: Float[Tensor, " S+1"],
+    grid: Float[Tensor, " times"],
     every: int = 1,
     through_network: bool = True,
 ) -> Velocity:
