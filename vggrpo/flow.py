@@ -124,19 +124,19 @@ def sde_step(name: str) -> SdeStep:
     return SDE_STEPS[name]
 
 
-def log_prob(z_next: Latent, step: Gaussian, num_batch_axes: int = 2) -> Latent:
-    """log N(z_next; mean, std), the **mean** over the latent axes: [B K *latent] -> [B K].
+def log_prob(z_next: Float[Tensor, "n *latent"], step: Gaussian) -> Float[Tensor, " n"]:
+    """log N(z_next; mean, std) of n samples, the **mean** over the latent axes.
 
-    The axes after the first `num_batch_axes` are latent. The mean, not the sum, is Flow-GRPO's convention: a clip range
-    of 1e-3 has its meaning only with it. `z_next` is a constant of the policy gradient: pass a stored, detached state.
+    The mean, not the sum, is Flow-GRPO's convention: a clip range of 1e-3 has its meaning only with it. `z_next` is a
+    constant of the policy gradient: pass a stored, detached state.
     """
     mean, std = step
     density = -((_exact(z_next) - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
-    return density.flatten(num_batch_axes).mean(-1)
+    return density.flatten(1).mean(-1)
 
 
-def kl_divergence(step: Gaussian, reference: Gaussian, num_batch_axes: int = 2) -> Latent:
-    """KL(step || reference), exact, of two steps with one std: the mean over the latent axes, [B K *latent] -> [B K].
+def kl_divergence(step: Gaussian, reference: Gaussian) -> Float[Tensor, " n"]:
+    """KL(step || reference), exact, of two steps [n *latent] with one std: the mean over the latent axes.
 
     |mean - mean_ref|^2 / (2 std^2) with std^2 = sigma_t^2 |dt|: this is the KL of the step *with* dt (Flow-GRPO's Wan
     script, beta 0.004). Their SD3 script divides by 2 sigma_t^2, without dt: a beta does not transfer between the two.
@@ -148,7 +148,7 @@ def kl_divergence(step: Gaussian, reference: Gaussian, num_batch_axes: int = 2) 
         raise ValueError(
             "kl_divergence compares two means under one std: take both steps at the same t, t_next and noise"
         )
-    return ((step.mean - reference.mean) ** 2 / (2 * step.std**2)).flatten(num_batch_axes).mean(-1)
+    return ((step.mean - reference.mean) ** 2 / (2 * step.std**2)).flatten(1).mean(-1)
 
 
 def _sde_step(z_t: Latent, v: Latent, t: Tensor, t_next: Tensor, sigma: Tensor) -> Gaussian:

@@ -1,4 +1,9 @@
-"""From noise to data: time grids, ODE sampling, and rollouts that are stochastic inside a window of steps."""
+"""From noise to data: time grids, ODE sampling, and rollouts that are stochastic inside a window of steps.
+
+Latents are [n *latent]: all videos of all groups in one axis. A group that shares its initial noise is one sample until
+its window begins: walk that one there, `ode_sample(velocity, z, grid[: steps.start + 1])`, repeat it, and roll out on
+`grid[steps.start :]`.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +18,7 @@ from torch import Tensor
 from vggrpo.flow import Gaussian, Latent, SdeStep, Velocity, euler_step, heun_step, log_prob
 
 Randomness = torch.Generator | Sequence[torch.Generator]
-"""One generator, or one per prompt: then a prompt's noise does not depend on which rank or batch it is in."""
+"""One generator, or one per sample: then a sample's noise does not depend on which rank or batch it is in."""
 
 
 def time_grid(num_steps: int, shift: float = 1.0) -> Float[Tensor, " {num_steps}+1"]:
@@ -103,11 +108,11 @@ class Window:
 class Trajectory:
     """What a rollout keeps: the sample, and the states at the trained steps alone."""
 
-    z0: Float[Tensor, "B K *latent"]
+    z0: Float[Tensor, "n *latent"]
     """The samples, fp32 (float64 if the noise was)."""
-    states: Float[Tensor, "states B K *latent"]
+    states: Float[Tensor, "states n *latent"]
     """In the storage dtype; trained step i goes from states[i] (its z_t) to states[i+1] (its z_next)."""
-    log_prob: Float[Tensor, "B K steps"]
+    log_prob: Float[Tensor, "n steps"]
     """Of states[i+1] as stored: a replay that reads `states` back finds the same number."""
     steps: range
     """The trained steps: grid[steps[i]] is the time of states[i]."""
@@ -129,24 +134,21 @@ def ode_sample(velocity: Velocity, z: Latent, grid: Float[Tensor, " times"], sol
 @torch.no_grad()
 def rollout(
     velocity: Velocity,
-    z: Float[Tensor, "B G *latent"],
+    z: Float[Tensor, "n *latent"],
     grid: Float[Tensor, " times"],
     steps: range,
     sde: SdeStep,
     noise: float,
     generator: Randomness,
-    group_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Trajectory:
-    """Sample groups of K = `group_size`: ODE steps up to the window, SDE steps inside it, ODE steps after it.
+    """Walk the noise z from grid[0] to data: Euler steps of the ODE, but for the window, whose steps are stochastic.
 
-    `z` is the initial noise, at grid[0]: G = K, or G = 1 for groups that share theirs. Such a group is one sample until
-    the window begins: the ODE prefix runs once per prompt, and `velocity` sees [B 1 *latent] there, [B K *latent]
-    after. States in the window are rounded to `dtype` before they are used, by velocity and log-probability alike.
+    States in the window are rounded to `dtype` before they are used, by velocity and log-probability alike.
 
     Raises:
-        ValueError: a window outside the grid or at its last step, noise <= 0, G neither 1 nor K, a grid that does not
-            end at 0, or a number of generators that is not the number of prompts.
+        ValueError: a window outside the grid or at its last step, noise <= 0, a grid that does not end at 0, or a
+            number of generators that is not the number of samples.
     """
     num_steps = len(grid) - 1
     if len(steps) == 0 or steps.step != 1 or steps.start < 0 or steps.stop > num_steps - 1:
@@ -155,15 +157,12 @@ def rollout(
         )
     if not noise > 0:
         raise ValueError(f"trained steps need noise > 0, got {noise:g}")
-    if z.shape[1] not in (1, group_size):
-        raise ValueError(f"initial noise [B G *latent] needs G = 1 or group_size = {group_size}, got {list(z.shape)}")
     if grid[-1] != 0:
         raise ValueError(f"the grid must end at t = 0 (data), got {float(grid[-1]):g}")
     if not isinstance(generator, torch.Generator) and len(generator) != len(z):
-        raise ValueError(f"give one generator, or one per prompt: {len(generator)} generators for {len(z)} prompts")
+        raise ValueError(f"give one generator, or one per sample: {len(generator)} generators for {len(z)} samples")
 
     z = ode_sample(velocity, z, grid[: steps.start + 1])
-    z = z.expand(-1, group_size, *z.shape[2:])
     states, log_probs = [z.to(dtype)], []
     for s in steps:
         z = states[-1].to(z.dtype)

@@ -41,9 +41,8 @@ def sliced_w2(a, b, num_projections=32):
 
 
 def sde_samples(step, steps, noise_level, seed=2):
-    z = noise(NUM, seed)[:, None]
     generator = torch.Generator().manual_seed(seed)
-    return rollout(velocity, z, time_grid(100), steps, step, noise_level, generator, group_size=1).z0[:, 0]
+    return rollout(velocity, noise(NUM, seed), time_grid(100), steps, step, noise_level, generator).z0
 
 
 def drifted(step, factor):

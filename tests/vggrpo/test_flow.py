@@ -154,7 +154,7 @@ def test_every_step_is_finite_at_pure_noise(name):
 def test_maths_is_fp32_for_low_precision_latents_and_float64_for_float64(name):
     step = flow.sde_step(name)
     for given, exact in [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2]:
-        z = torch.linspace(-2, 2, 6).to(given).view(1, 2, 3)
+        z = torch.linspace(-2, 2, 6).to(given).view(2, 3)
         got = step(z, -z, 0.7, 0.6, NOISE)
         assert got.mean.dtype == exact
         assert torch.equal(got.mean, step(z.to(exact), -z.to(exact), 0.7, 0.6, NOISE).mean)
@@ -164,8 +164,8 @@ def test_maths_is_fp32_for_low_precision_latents_and_float64_for_float64(name):
 @pytest.mark.parametrize("name", flow.SDE_STEPS)
 def test_one_time_per_sample_equals_one_sample_per_time(name):
     step = flow.sde_step(name)
-    z = torch.randn(3, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    t, t_next = torch.tensor([[1.0, 0.6, 0.3], [0.9, 0.5, 0.1]], dtype=torch.float64).view(2, 3, 1, 1)
+    z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, t_next = torch.tensor([[1.0, 0.6, 0.3], [0.9, 0.5, 0.1]], dtype=torch.float64).view(2, 3, 1)
     together = flow.log_prob(z, step(z, -z, t, t_next, NOISE))
     for i in range(3):
         alone = flow.log_prob(z[i : i + 1], step(z[i : i + 1], -z[i : i + 1], float(t[i]), float(t_next[i]), NOISE))
@@ -175,28 +175,27 @@ def test_one_time_per_sample_equals_one_sample_per_time(name):
 def test_log_prob_is_the_mean_of_torchs_normal():
     z = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step = Gaussian(z.roll(1, 0), torch.tensor(0.3, dtype=torch.float64))
-    expected = distributions.Normal(step.mean, step.std).log_prob(z).mean((2, 3))
+    expected = distributions.Normal(step.mean, step.std).log_prob(z).mean((1, 2, 3))
     assert (flow.log_prob(z, step) - expected).abs().max() < 1e-10
-    assert flow.log_prob(z, step, num_batch_axes=1).shape == (2,)
 
 
 def test_kl_is_the_mean_of_torchs_kl_of_two_normals():
     v, other = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step, reference = (flow.flow_sde_step(v, x, 0.7, 0.5, NOISE) for x in (v, other))
     normals = (distributions.Normal(x.mean, x.std) for x in (step, reference))
-    expected = distributions.kl_divergence(*normals).mean((2, 3))
+    expected = distributions.kl_divergence(*normals).mean((1, 2, 3))
     kl = flow.kl_divergence(step, reference)
     assert (kl - expected).abs().max() < 1e-10
     # With dt: Flow-GRPO's SD3 script divides by 2 sigma_t^2, which is |dt| times this.
     sigma2 = NOISE**2 * 0.7 / 0.3
-    assert torch.allclose(kl * 0.2, ((step.mean - reference.mean) ** 2 / (2 * sigma2)).mean((2, 3)), rtol=1e-12)
-    assert torch.equal(flow.kl_divergence(step, step), torch.zeros(2, 3))
+    assert torch.allclose(kl * 0.2, ((step.mean - reference.mean) ** 2 / (2 * sigma2)).mean((1, 2, 3)), rtol=1e-12)
+    assert torch.equal(flow.kl_divergence(step, step), torch.zeros(2))
 
 
 def test_kl_is_the_expected_log_ratio():
-    z = torch.zeros(1, 1, 4)
+    z = torch.zeros(1, 4)
     step, reference = (flow.flow_sde_step(z, v, 0.7, 0.5, NOISE) for v in (z + 1, z - 1))
-    drawn = sampler.sample(Gaussian(step.mean.expand(1, 20_000, 4), step.std), torch.Generator().manual_seed(0))
+    drawn = sampler.sample(Gaussian(step.mean.expand(20_000, 4), step.std), torch.Generator().manual_seed(0))
     log_ratio = flow.log_prob(drawn, step) - flow.log_prob(drawn, reference)
     kl = flow.kl_divergence(step, reference).item()
     assert log_ratio.mean().item() == pytest.approx(kl, abs=4 * log_ratio.std().item() / math.sqrt(20_000))
@@ -205,7 +204,7 @@ def test_kl_is_the_expected_log_ratio():
 
 @pytest.mark.parametrize("name", flow.SDE_STEPS)
 def test_log_prob_and_kl_have_the_right_gradient_in_v(name):
-    z, v, other, z_next = torch.randn(4, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z, v, other, z_next = torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step = flow.sde_step(name)
 
     def both(v):
@@ -216,7 +215,7 @@ def test_log_prob_and_kl_have_the_right_gradient_in_v(name):
 
 
 def test_two_stds_have_no_kl_here():
-    z = torch.zeros(1, 1, 4)
+    z = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="same t, t_next and noise"):
         flow.kl_divergence(flow.flow_sde_step(z, z, 0.7, 0.5, 0.7), flow.flow_sde_step(z, z, 0.7, 0.5, 0.6))
 

@@ -66,7 +66,7 @@ def test_log_prob_is_the_gaussians_own(make_policy):
     notes = rollout.trajectory
     for i, s in enumerate(notes.steps):
         t, t_next = float(policy.grid[s]), float(policy.grid[s + 1])
-        z, z_next = notes.states[i][:, 0].double(), notes.states[i + 1][:, 0].double()
+        z, z_next = notes.states[i].double(), notes.states[i + 1].double()
         v = policy.network(z.float(), torch.full((len(z),), t), notes.cond).double()
         sigma2 = policy.cfg.noise**2 * t / (1 - t)
         score = -(z + (1 - t) * v) / t

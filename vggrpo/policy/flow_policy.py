@@ -4,8 +4,8 @@
     replay   the same Gaussian steps again from the stored states, now with a graph, and their KL to the reference
 
 Replay repeats the rollout's dtype, guidance, micro-batches and stored states, so that the ratio is 1 before any update.
-Latents in flight are [n 1 *latent] for the sampler, whose groups we do not use: every video has its own random stream,
-so that it does not depend on which members share its rank.
+Latents in flight are [n *latent], n = B K videos. Every video has its own random stream, so that it does not depend on
+which others share its rank or micro-batch.
 """
 
 import copy
@@ -34,8 +34,8 @@ class FlowTrajectory:
     """A rollout's notes on n = B K videos. Step `steps[i]` goes from states[i] to states[i + 1]: N = S + 1 states."""
 
     steps: range
-    states: Float[Tensor, "N n 1 *latent"]
-    means: Float[Tensor, "S n 1 *latent"] | None
+    states: Float[Tensor, "N n *latent"]
+    means: Float[Tensor, "S n *latent"] | None
     """Of the Gaussian steps, fp32; only for RatioNorm."""
     cond: Tensor
     negative: Tensor
@@ -95,7 +95,6 @@ class FlowPolicy:
                 self._recorded(means) if self.keep_means else self.sde,
                 cfg.noise,
                 streams[part],
-                group_size=1,
                 dtype=getattr(torch, cfg.storage),
             )
             for part in self._chunks(B * K)
@@ -122,11 +121,11 @@ class FlowPolicy:
                 else:
                     with torch.no_grad():
                         anchor = self._step(self.reference, notes, i, part)
-                    kl = kl_divergence(step, anchor, num_batch_axes=1)
+                    kl = kl_divergence(step, anchor)
                 video = torch.arange(B * K, device=kl.device)[part]
                 yield Replay(
                     at=(video // K, video % K, torch.full_like(video, i)),
-                    log_prob=log_prob(notes.states[i + 1, part], step, num_batch_axes=1),
+                    log_prob=log_prob(notes.states[i + 1, part], step),
                     kl=kl,
                     shift=self._shift(step, notes, i, part),
                 )
@@ -142,8 +141,7 @@ class FlowPolicy:
     def _velocity(self, network: Network, cond: Tensor, negative: Tensor) -> Velocity:
         def bound_to(c: Tensor) -> Velocity:
             def velocity(z_t: Latent, t: Time) -> Latent:
-                z = z_t[:, 0]
-                return network(z, torch.full((len(z),), float(t), device=z.device), c)[:, None]
+                return network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), c)
 
             return velocity
 
@@ -157,7 +155,7 @@ class FlowPolicy:
         )
 
     def _normal(self, streams: Sequence[torch.Generator]) -> Tensor:
-        return sampler.normal((len(streams), 1, *self.latent_shape), streams)
+        return sampler.normal((len(streams), *self.latent_shape), streams)
 
     def _chunks(self, num: int) -> list[slice]:
         size = self.cfg.micro_batch
@@ -174,7 +172,7 @@ class FlowPolicy:
     def _shift(self, step: Gaussian, notes: FlowTrajectory, i: int, part: slice) -> Shift | None:
         if notes.means is None:
             return None
-        drift = kl_divergence(step, Gaussian(notes.means[i, part], step.std), num_batch_axes=1)
+        drift = kl_divergence(step, Gaussian(notes.means[i, part], step.std))
         dt = self.grid[notes.steps[i]] - self.grid[notes.steps[i] + 1]
         return Shift(drift, torch.full_like(drift, float(step.std)), torch.full_like(drift, float(dt)))
 
@@ -218,5 +216,5 @@ def _checkpointed(network: Network) -> Network:
 
 
 def _by_step(means: list[Tensor], num_steps: int) -> Tensor:
-    """Recorded chunk by chunk, step by step within each -> [S n 1 *latent]."""
+    """Recorded chunk by chunk, step by step within each -> [S n *latent]."""
     return torch.stack([torch.cat(means[i::num_steps]) for i in range(num_steps)])
