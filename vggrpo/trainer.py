@@ -127,7 +127,7 @@ def summary(
     for name, r in reward.items():
         scored = r[r.isfinite()].double()
         numbers[f"reward/{name}/mean"] = float(scored.mean())
-        numbers[f"reward/{name}/std"] = float(scored.std(correction=0))
+        numbers[f"reward/{name}/std"] = float((scored - scored.mean()).square().mean().sqrt())
         numbers[f"reward/{name}/nan"] = 1 - len(scored) / r.numel()
         numbers[f"reward/{name}/zero_std"] = float(indifferent(r).double().mean())
     numbers |= {
