@@ -110,6 +110,27 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
+class NftConfig:
+    """DiffusionNFT's constants."""
+
+    beta: float = 1.0
+    """How far v+ and v- lie from v_old: 1 is v itself and its mirror image."""
+    num_times: int = 4
+    """Noised copies of each sample per update."""
+    slowing: float = 1e-3
+    """The average that samples keeps min(slowing x update, slowest) of itself: fast at first, then slow."""
+    slowest: float = 0.5
+    """See `slowing`."""
+    anchor: float = 1e-4
+    """Weight of mean |v - v_ref|^2."""
+
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, f"beta must be > 0, got {self.beta:g}")
+        _require(self.num_times >= 1, f"num_times must be >= 1, got {self.num_times}")
+        _require(0 <= self.slowest < 1 and self.slowing >= 0, "slowing must be >= 0 and slowest in [0, 1)")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW."""
 

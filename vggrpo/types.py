@@ -62,6 +62,10 @@ class Streams:
         """The stream of one video."""
         return _stream("member", self.seed, self.iteration, self.first_prompt + b, self.first_member + k)
 
+    def noising(self, b: int, k: int) -> torch.Generator:
+        """Another stream of that video, for the forward process (DiffusionNFT): times and noise."""
+        return _stream("noising", self.seed, self.iteration, self.first_prompt + b, self.first_member + k)
+
     def group(self, b: int) -> torch.Generator:
         """What the members of a group share: their initial noise, if it is shared."""
         return _stream("group", self.seed, self.iteration, self.first_prompt + b)

@@ -46,7 +46,7 @@ class FlowPolicy:
 
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         encode: Encoder,
         latent_shape: Sequence[int],
         cfg: SamplingConfig,
@@ -56,7 +56,7 @@ class FlowPolicy:
         """A policy over `network`, which stays the caller's: prepare it for the launch first.
 
         Args:
-            network: the velocity that is trained.
+            network: the velocity that is trained, called as a `Network`.
             encode: turns conditions into what `network` reads; the negative prompt passes through it too.
             latent_shape: of one video, such as (C, L, h, w).
             cfg: grid, window, noise, guidance, micro-batches.
@@ -97,7 +97,7 @@ class FlowPolicy:
                 streams[part],
                 dtype=getattr(torch, cfg.storage),
             )
-            for part in self._chunks(B * K)
+            for part in self.chunks(B * K)
         ]
         trajectory = FlowTrajectory(
             steps=steps,
@@ -114,7 +114,7 @@ class FlowPolicy:
         notes: FlowTrajectory = rollout.trajectory
         B, K, S = rollout.log_prob.shape
         for i in range(S):
-            for part in self._chunks(B * K):
+            for part in self.chunks(B * K):
                 step = self._step(self.network, notes, i, part, training=True)
                 if self.reference is None:
                     kl = torch.zeros_like(step.mean).flatten(1).mean(-1)
@@ -149,7 +149,7 @@ class FlowPolicy:
 
     def _to_window(self, z: Tensor, c: Tensor, negative: Tensor, steps: range) -> Tensor:
         grid = self.grid[: steps.start + 1]
-        parts = self._chunks(len(z))
+        parts = self.chunks(len(z))
         return torch.cat(
             [sampler.ode_sample(self._velocity(self.network, c[p], negative[p]), z[p], grid) for p in parts]
         )
@@ -157,7 +157,8 @@ class FlowPolicy:
     def _normal(self, streams: Sequence[torch.Generator]) -> Tensor:
         return sampler.normal((len(streams), *self.latent_shape), streams)
 
-    def _chunks(self, num: int) -> list[slice]:
+    def chunks(self, num: int) -> list[slice]:
+        """`num` videos in micro-batches."""
         size = self.cfg.micro_batch
         return [slice(i, min(i + size, num)) for i in range(0, num, size)]
 
