@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from accelerate import Accelerator
 from vggrpo.cli import build
 from vggrpo.config import GrpoConfig, OptimizerConfig, Recipe, SamplingConfig
 from vggrpo.grpo import group_advantage
+from vggrpo.policy.flow_policy import FlowPolicy, lora_off
+from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run, share_of
 from vggrpo.sampler import Window
 from vggrpo.trainer import train
@@ -71,23 +74,53 @@ def trained(recipe: Recipe, accelerator: Accelerator, num_iterations: int = 5) -
     return {name: p.detach().clone() for name, p in network.named_parameters()} | last
 
 
-def train_and_save(accelerator: Accelerator, recipe: Recipe, path: str) -> None:
-    result = trained(recipe, accelerator)
-    torch.save(result, f"{path}.{accelerator.process_index}")
-
-
 def streams_by_local_index(run: Run, seed: int, iteration: int, first_prompt: int = 0) -> Streams:
     """The mutant: every rank, and every part of a batch, counts its prompts and members from 0."""
     return Streams(seed, iteration)
 
 
-def train_with_local_noise_and_save(accelerator: Accelerator, recipe: Recipe, path: str) -> None:
+def trained_lora(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The adapters after three updates, KL measured against the same network with its adapters off."""
+    import peft  # here: it is slow to import, and every rank imports this file
+
+    torch.manual_seed(0)
+    adapters = peft.LoraConfig(r=2, target_modules=["trunk.0", "trunk.2", "head"], init_lora_weights=False)
+    network = peft.get_peft_model(MixtureFlow(width=16), adapters)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-3)
+    cfg = replace(RECIPE.grpo, beta=0.5)
+    run = Run(accelerator, cfg.num_prompts, cfg.group_size)
+    network, optimizer = run.prepare(network, optimizer)
+    policy = FlowPolicy(network, encode_modes, (2,), RECIPE.sampling, lora_off(network))
+    rewards = {"nearness": partial(nearness, "east")}
+    numbers = list(train(policy, lambda z0: z0, rewards, [Condition(["east", ""])] * 3, optimizer, run, cfg))
+    parameters = accelerator.unwrap_model(network).named_parameters()
+    last = {"kl": torch.tensor(numbers[-1]["kl"])}
+    return {name: p.detach().clone() for name, p in parameters if p.requires_grad} | last
+
+
+def train_and_save(accelerator: Accelerator, path: str) -> None:
+    """Every comparison's run in one launch; the mutant comes last, for it stays."""
+    results = {num_prompts: trained(with_prompts(num_prompts), accelerator) for num_prompts in (2, 1)}
+    results |= {"lora": trained_lora(accelerator)}
     Run.streams = streams_by_local_index
-    train_and_save(accelerator, recipe, path)
+    results |= {"mutant": trained(RECIPE, accelerator)}
+    torch.save(results, f"{path}.{accelerator.process_index}")
+
+
+def with_prompts(num_prompts: int) -> Recipe:
+    return replace(RECIPE, grpo=replace(RECIPE.grpo, num_prompts=num_prompts))
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max(float((a[name] - b[name]).abs().max()) for name in a if name.startswith(("trunk", "head")))
+    """The largest of all parameters; reported numbers are 0-d and do not count."""
+    return max(float((a[name] - b[name]).abs().max()) for name in a if a[name].ndim)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("ranks") / "out"
+    spawn(train_and_save, 2, str(path))
+    return [torch.load(f"{path}.{rank}") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -96,24 +129,30 @@ def alone() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_prompts", [2, 1])
-def test_two_processes_train_as_one_does(num_prompts, tmp_path):
+def test_two_processes_train_as_one_does(two_ranks, num_prompts):
     """With two prompts each rank has whole groups; with one the group spans both."""
-    recipe = replace(RECIPE, grpo=replace(RECIPE.grpo, num_prompts=num_prompts))
-    spawn(train_and_save, 2, recipe, str(tmp_path / "out"))
-    ranks = [torch.load(tmp_path / f"out.{rank}") for rank in range(2)]
-    assert difference(*ranks) == 0
-    one = trained(recipe, Accelerator(cpu=True))
-    moved = difference(one, trained(recipe, Accelerator(cpu=True), num_iterations=0))
-    print(f"moved {moved:.1e}, one process against two {difference(ranks[0], one):.1e}")
+    first, second = (rank[num_prompts] for rank in two_ranks)
+    assert difference(first, second) == 0
+    one = trained(with_prompts(num_prompts), Accelerator(cpu=True))
+    moved = difference(one, trained(with_prompts(num_prompts), Accelerator(cpu=True), num_iterations=0))
+    print(f"moved {moved:.1e}, one process against two {difference(first, one):.1e}")
     assert moved > 1000 * TOLERANCE
-    assert difference(ranks[0], one) < TOLERANCE
+    assert difference(first, one) < TOLERANCE
     for name in ("kl", "loss", "grad_norm", "ratio/mean", "reward/nearness/mean"):
-        assert float(ranks[0][name]) == pytest.approx(float(one[name]), abs=1e-4), name
+        assert float(first[name]) == pytest.approx(float(one[name]), abs=1e-4), name
 
 
-def test_noise_counted_on_each_rank_would_be_seen(alone, tmp_path):
-    spawn(train_with_local_noise_and_save, 2, RECIPE, str(tmp_path / "out"))
-    assert difference(torch.load(tmp_path / "out.0"), alone) > 100 * TOLERANCE
+def test_two_processes_train_adapters_as_one_does(two_ranks):
+    """The way large models are trained: LoRA under DDP, the reference is the same module with its adapters off."""
+    one = trained_lora(Accelerator(cpu=True))
+    assert difference(two_ranks[0]["lora"], two_ranks[1]["lora"]) == 0
+    assert difference(two_ranks[0]["lora"], one) < TOLERANCE
+    assert float(one["kl"]) > 1e-3
+    assert float(two_ranks[0]["lora"]["kl"]) == pytest.approx(float(one["kl"]), rel=1e-4)
+
+
+def test_noise_counted_on_each_rank_would_be_seen(two_ranks, alone):
+    assert difference(two_ranks[0]["mutant"], alone) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
