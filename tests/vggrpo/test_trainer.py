@@ -16,7 +16,7 @@ from vggrpo.cli import Parts, build
 from vggrpo.config import GrpoConfig, OptimizerConfig, Recipe, SamplingConfig
 from vggrpo.policy.mixture import MODES
 from vggrpo.sampler import Window
-from vggrpo.trainer import RewardFn, replay_backward, train
+from vggrpo.trainer import RewardFn, replay_backward, surrogate, train
 from vggrpo.types import Condition, Streams
 
 RECIPE = Recipe(
@@ -79,6 +79,26 @@ def test_ratio_norm_learns_too():
     parts, numbers = run_training(replace(RECIPE, grpo=grpo), num=20)
     assert numbers[0]["clip_fraction"] > 0
     assert mass_in_the_east(parts) > 0.5
+
+
+def test_ratio_norm_is_its_formula_in_the_loss(network, make_policy):
+    """min / clip of exp((log_ratio + drift) std), over |dt|; at the start its gradient is A std grad log_prob / |dt|."""
+    policy = make_policy(keep_means=True)
+    rollout = policy.rollout(Condition(["", "east"]), 4, Streams(0, 0))
+    advantage = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    cfg = replace(RECIPE.grpo, ratio="norm", clip=1e-3)
+    for chunk in policy.replay(rollout):
+        weight = advantage[chunk.at[:2]] * chunk.shift.std / chunk.shift.dt
+        expected = torch.autograd.grad((weight * chunk.log_prob).sum(), network.head.weight, retain_graph=True)[0]
+        found = torch.autograd.grad(surrogate(chunk, rollout, advantage, cfg)[1].sum(), network.head.weight)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        network.head.weight += 0.02
+    for chunk in policy.replay(rollout):
+        a, (drift, std, dt) = advantage[chunk.at[:2]], chunk.shift
+        ratio = ((chunk.log_prob - rollout.log_prob[chunk.at] + drift) * std).exp()
+        expected = torch.minimum(ratio * a, ratio.clamp(0.999, 1.001) * a) / dt
+        torch.testing.assert_close(surrogate(chunk, rollout, advantage, cfg)[1], expected)
 
 
 def test_every_number_is_reported():

@@ -79,14 +79,13 @@ class FlowPolicy:
         to_videos = torch.arange(B, device=c.device).repeat_interleave(K)
 
         if cfg.share_noise:  # one sample per group until the window begins
-            z = self._to_window(self._normal([generator.group(b) for b in range(B)]).to(c.device), c, negative, steps)
-            z = z[to_videos]
+            z = self._to_window([generator.group(b) for b in range(B)], c, negative, steps)[to_videos]
+        else:
+            z = self._to_window(streams, c[to_videos], negative[to_videos], steps)
         c, negative = c[to_videos], negative[to_videos]
-        if not cfg.share_noise:
-            z = self._to_window(self._normal(streams).to(c.device), c, negative, steps)
 
         means: list[Tensor] = []
-        parts = [
+        walks = [
             sampler.rollout(
                 self._velocity(self.network, c[part], negative[part]),
                 z[part],
@@ -101,13 +100,13 @@ class FlowPolicy:
         ]
         trajectory = FlowTrajectory(
             steps=steps,
-            states=torch.cat([part.states for part in parts], dim=1),
+            states=torch.cat([walk.states for walk in walks], dim=1),
             means=_by_step(means, len(steps)) if self.keep_means else None,
             cond=c,
             negative=negative,
         )
-        z0 = torch.cat([part.z0 for part in parts]).view(B, K, *self.latent_shape)
-        return Rollout(cond, z0, torch.cat([part.log_prob for part in parts]).view(B, K, len(steps)), trajectory)
+        z0 = torch.cat([walk.z0 for walk in walks]).view(B, K, *self.latent_shape)
+        return Rollout(cond, z0, torch.cat([walk.log_prob for walk in walks]).view(B, K, len(steps)), trajectory)
 
     def replay(self, rollout: Rollout) -> Iterator[Replay]:
         """Every trained step, `micro_batch` videos at a time, in the rollout's own chunks."""
@@ -147,15 +146,14 @@ class FlowPolicy:
 
         return classifier_free(bound_to(cond), bound_to(negative), self.cfg.guidance_scale)
 
-    def _to_window(self, z: Tensor, c: Tensor, negative: Tensor, steps: range) -> Tensor:
+    def _to_window(self, streams: Sequence[torch.Generator], c: Tensor, negative: Tensor, steps: range) -> Tensor:
+        """Noise from `streams`, walked along the ODE to where the window begins."""
+        z = sampler.normal((len(streams), *self.latent_shape), streams).to(c.device)
         grid = self.grid[: steps.start + 1]
         parts = self.chunks(len(z))
         return torch.cat(
             [sampler.ode_sample(self._velocity(self.network, c[p], negative[p]), z[p], grid) for p in parts]
         )
-
-    def _normal(self, streams: Sequence[torch.Generator]) -> Tensor:
-        return sampler.normal((len(streams), *self.latent_shape), streams)
 
     def chunks(self, num: int) -> list[slice]:
         """`num` videos in micro-batches."""
