@@ -82,7 +82,7 @@ def test_ratio_norm_learns_too():
 
 
 def test_ratio_norm_is_its_formula_in_the_loss(network, make_policy):
-    """min / clip of exp((log_ratio + drift) std), over |dt|; its gradient at the start is A std grad log_prob / |dt|."""
+    """min and clip of exp((log_ratio + drift) std), over |dt|; its gradient at first is A std grad log_prob / |dt|."""
     policy = make_policy(keep_means=True)
     rollout = policy.rollout(Condition(["", "east"]), 4, Streams(0, 0))
     advantage = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
