@@ -32,7 +32,7 @@ from vggrpo.types import Condition
 EXTENT = 3.1
 """Half the side of every panel."""
 PIXELS = 96
-TIMES = [0.05, 0.3, 0.5, 1.0]
+TIMES = [0.0, 0.3, 0.5, 1.0]
 """Of the forward process."""
 ADDED_AT = 0.7
 """The time at which the field before is taken from the field after."""

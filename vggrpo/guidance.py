@@ -68,9 +68,8 @@ def guided(
                 raise ValueError(
                     "guidance needs the reward's gradient: drop no_grad and detach from reward and geometry"
                 )
-            scored = r.isfinite()
-            (slope,) = torch.autograd.grad(torch.where(scored, r, 0).sum(), z)
-        usable = scored & slope.flatten(r.ndim).isfinite().all(-1)
+            (slope,) = torch.autograd.grad(torch.where(r.isfinite(), r, 0).sum(), z)
+        usable = slope.isfinite().flatten(r.ndim).all(-1)
         slope = slope.where(usable.view(*r.shape, *[1] * (z_t.ndim - r.ndim)), 0)
         return v.detach() - scale * t / (1 - t) * slope
 

@@ -226,6 +226,7 @@ def test_two_stds_have_no_kl_here():
     [
         (0.1, 0.0, 0.7, "last step is an ODE step"),
         (0.5, 0.6, 0.7, "1 >= t > t_next > 0"),
+        (0.5, 0.5, 0.7, "1 >= t > t_next > 0"),
         (1.1, 0.6, 0.7, "1 >= t > t_next > 0"),
         (math.nan, 0.6, 0.7, "1 >= t > t_next > 0"),
         (0.5, 0.4, 0.0, "noise > 0"),

@@ -160,13 +160,23 @@ def test_guidance_acts_at_every_nth_step_and_never_at_the_first():
         guided(plain, linear, 1.0, grid, every=0)
 
 
-def test_a_sample_that_cannot_be_scored_goes_unguided_and_leaves_the_others_alone():
+@pytest.mark.parametrize(
+    "lost",
+    [
+        lambda r, unscored: r.masked_fill(unscored, math.nan),
+        lambda r, unscored: r * torch.ones_like(r).masked_fill(unscored, math.nan),
+        lambda r, unscored: r + torch.zeros_like(r).masked_fill(unscored, math.inf),
+        lambda r, unscored: r + (r.detach() - r).masked_fill(~unscored, 1.0).abs().sqrt(),
+    ],
+    ids=["NaN reward", "NaN reward and gradient", "infinite reward", "finite reward, NaN gradient"],
+)
+def test_a_sample_that_cannot_be_scored_goes_unguided_and_leaves_the_others_alone(lost):
     grid = time_grid(10)
     plain = gaussian_velocity(*DATA)
     z = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [3.0, 1.0], [0.5, 0.5]], dtype=torch.float64).view(2, 2, 2)
 
     def partly(z0):
-        return linear(z0).masked_fill(torch.tensor([[False, True], [False, False]]), math.nan)
+        return lost(linear(z0), torch.tensor([[False, True], [False, False]]))
 
     with torch.no_grad():
         got = guided(plain, partly, 1.0, grid)(z, grid[5])
@@ -174,7 +184,14 @@ def test_a_sample_that_cannot_be_scored_goes_unguided_and_leaves_the_others_alon
     assert torch.equal(got[0, 1], plain(z, grid[5])[0, 1])
     assert torch.equal(got[[0, 1, 1], [0, 0, 1]], whole[[0, 1, 1], [0, 0, 1]])
     assert not torch.equal(whole[0, 1], got[0, 1])
+
+
+@pytest.mark.parametrize("through_network", [True, False])
+def test_guidance_leaves_no_graph_behind(through_network):
+    z, grid = torch.ones(3, 2, dtype=torch.float64), time_grid(10)
+    got = guided(gaussian_velocity(*DATA), linear, 1.0, grid, through_network=through_network)(z, grid[5])
     assert not got.requires_grad
+    assert not z.requires_grad
 
 
 def test_a_reward_without_a_gradient_is_refused():
