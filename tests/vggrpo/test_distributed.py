@@ -175,7 +175,7 @@ def test_accumulated_rollouts_are_one_large_batch(accumulate, monkeypatch):
 
 
 def gather_and_check(accelerator: Accelerator, rewards: dict[str, torch.Tensor], path: str) -> None:
-    for num_prompts in (1, 2, 4):
+    for num_prompts in (1, 2, 4, 6):
         run = Run(accelerator, num_prompts, 8)
         mine = {name: run.local(r[:num_prompts]) for name, r in rewards.items()}
         gathered = run.gather(mine)
@@ -188,17 +188,17 @@ def gather_and_check(accelerator: Accelerator, rewards: dict[str, torch.Tensor],
 
 
 def test_groups_that_span_ranks_have_bit_equal_advantages(tmp_path):
-    """Four, two and one prompts on 4 ranks: groups span 1, 2 and 4 of them."""
+    """Four, two and one prompts on 4 ranks: groups span 1, 2 and 4 of them. Six: two ranks, each with half of three."""
     num_ranks = 4
     generator = torch.Generator().manual_seed(0)
-    rewards = {name: torch.randn(4, 8, generator=generator) for name in ("motion", "geometry")}
+    rewards = {name: torch.randn(6, 8, generator=generator) for name in ("motion", "geometry")}
     rewards["motion"][0, 3] = float("nan")
     spawn(gather_and_check, num_ranks, rewards, str(tmp_path / "out"))
-    for num_prompts in (1, 2, 4):
+    for num_prompts in (1, 2, 4, 6):
         expected = group_advantage({name: r[:num_prompts] for name, r in rewards.items()})
         for rank in range(num_ranks):
             (along_b, along_k), advantage, mine = torch.load(tmp_path / f"out.{num_prompts}.{rank}")
-            assert along_b == min(num_prompts, num_ranks)
+            assert along_b == {1: 1, 2: 2, 4: 4, 6: 2}[num_prompts]
             assert along_k == num_ranks // along_b
             assert torch.equal(advantage, expected)
             i, j = divmod(rank, along_k)
