@@ -4,7 +4,7 @@
     A   advantage, [B K]: 0 for whoever did as well as its group
     rho ratio pi_now / pi_rollout of one decision, exp(log_ratio)
 
-Equations: Flow-GRPO (arXiv 2505.05470) eq. 3-4; VGGRPO (arXiv 2603.26599) for the average of z-scores; GRPO-Guard
+Sources: Flow-GRPO (arXiv 2505.05470) for the objective; VGGRPO (arXiv 2603.26599) for the average of z-scores; GRPO-Guard
 (arXiv 2510.22319) for RatioNorm.
 """
 
@@ -71,7 +71,7 @@ def indifferent(reward: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:
 def clipped_surrogate(
     log_ratio: Float[Tensor, " n"], advantage: Float[Tensor, " n"], clip: float
 ) -> Float[Tensor, " n"]:
-    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): to be maximised, decision by decision (Flow-GRPO eq. 4).
+    """min(rho A, clip(rho, 1 - clip, 1 + clip) A): to be maximised, decision by decision (PPO; Flow-GRPO).
 
     No gain, hence no gradient, from moving a decision further than `clip` in the direction that its advantage asks for.
     """
