@@ -4,8 +4,8 @@
     A   advantage, [B K]: 0 for whoever did as well as its group
     rho ratio pi_now / pi_rollout of one decision, exp(log_ratio)
 
-Sources: Flow-GRPO (arXiv 2505.05470) for the objective; VGGRPO (arXiv 2603.26599) for the average of z-scores; GRPO-Guard
-(arXiv 2510.22319) for RatioNorm.
+Sources: Flow-GRPO (arXiv 2505.05470) for the objective, VGGRPO (arXiv 2603.26599) for the average of z-scores,
+GRPO-Guard (arXiv 2510.22319) for RatioNorm.
 """
 
 from collections.abc import Mapping
