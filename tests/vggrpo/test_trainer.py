@@ -47,7 +47,7 @@ def mass_in_the_east(parts: Parts) -> float:
 
 @pytest.fixture
 def recipe() -> Recipe:
-    """Another seed in every session; of 40 tried, all were well inside the bounds below."""
+    """Another seed in every test run; of 40 tried, all were well inside the bounds below."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     return replace(RECIPE, grpo=replace(RECIPE.grpo, seed=seed))
