@@ -32,7 +32,7 @@ RECIPE = Recipe(
 )
 PROMPTS = ["east", "", "north west", "east"]
 # Two processes sum gradients in another order and run the network on other batches: fp32 rounding, which AdamW's first
-# steps, g / |g|, do not let shrink. 5e-6 is 0.03 % of what 5 to 10 updates of 3e-3 move.
+# steps, g / |g|, do not let shrink. 5e-6 is 0.02 % of what 5 to 10 updates of 3e-3 move.
 TOLERANCE = 5e-6
 
 
