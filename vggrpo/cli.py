@@ -1,0 +1,109 @@
+"""The command line, and the only place where things are built from a recipe."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vggrpo.check import check
+from vggrpo.config import Recipe, load_recipe
+from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy
+from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
+from vggrpo.runtime import Run
+from vggrpo.trainer import GeometryFn, RewardFn, train
+from vggrpo.types import Condition
+
+
+class Parts(NamedTuple):
+    """All that a recipe names, built."""
+
+    network: nn.Module
+    policy: FlowPolicy
+    geometry: GeometryFn
+    rewards: dict[str, RewardFn]
+    conditions: Iterator[Condition]
+    """Global batches, without end."""
+    optimizer: torch.optim.Optimizer
+    run: Run
+
+
+def build(recipe: Recipe, accelerator: Accelerator | None = None) -> Parts:
+    """The embedded mixture under this launch; on the CPU, for it is two-dimensional.
+
+    Raises:
+        ValueError: a batch that the ranks cannot share, a prompt or reward that names no mode.
+    """
+    grpo, mixture = recipe.grpo, recipe.mixture
+    run = Run(accelerator or Accelerator(cpu=True), grpo.num_prompts, grpo.group_size)
+    torch.manual_seed(grpo.seed)
+    network = MixtureFlow(mixture.width)
+    reference = frozen_copy(network) if grpo.beta > 0 else None
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay
+    )
+    network, optimizer = run.prepare(network, optimizer)
+    encode_modes(Condition([*mixture.prompts, recipe.sampling.negative_prompt]))
+    reward = partial(nearness, mixture.wanted)
+    reward(torch.zeros(2))
+    policy = FlowPolicy(network, encode_modes, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
+    return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
+
+
+def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:
+    """The prompts over and over, a global batch at a time: the same on every rank."""
+    endless = itertools.cycle(prompts)
+    while True:
+        yield Condition(list(itertools.islice(endless, run.num_prompts)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Bad input is one line on stderr and status 2; a failed check is status 1."""
+    parser = argparse.ArgumentParser("vggrpo", description="Reinforcement learning for flow models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, action in COMMANDS.items():
+        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+        command.add_argument("recipe", help="YAML, such as launch/recipes/mixture.yaml")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
+        command.set_defaults(action=action)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.action(load_recipe(args.recipe, args.overrides))
+    except ValueError as error:
+        print(f"vggrpo: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def check_recipe(recipe: Recipe) -> int:
+    """One rollout and replay: is the ratio 1, does anything learn, what does it cost?"""
+    parts = build(recipe)
+    report = check(
+        parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
+    )
+    if parts.run.accelerator.is_main_process:
+        print(*report.lines(), sep="\n")
+    return 1 if report.problems else 0
+
+
+def train_recipe(recipe: Recipe) -> int:
+    """Train, and print every iteration's numbers."""
+    _, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
+    todo = itertools.islice(conditions, recipe.grpo.num_iterations)
+    for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo):
+        if run.accelerator.is_main_process:
+            print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    return 0
+
+
+def _latents(z0: Tensor) -> Tensor:
+    """The mixture's scene is its points."""
+    return z0
+
+
+COMMANDS: dict[str, Callable[[Recipe], int]] = {"check": check_recipe, "train": train_recipe}

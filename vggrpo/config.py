@@ -1,0 +1,236 @@
+"""A run, described: frozen dataclasses, read strictly from a YAML recipe with `key=value` on top.
+
+Every field is checked when it is built, which is before any compute. What a field means is said under it, once.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from vggrpo.flow import sde_step
+from vggrpo.grpo import Aggregate, Baseline
+from vggrpo.sampler import Window, time_grid
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a flow policy samples."""
+
+    num_steps: int = 20
+    """Steps from noise to data."""
+    shift: float = 1.0
+    """Of the time grid; Wan uses 3 (480p) or 5 (720p)."""
+    window: Window = field(default_factory=Window)
+    """Which steps are stochastic and trained."""
+    sde: str = "flow_sde"
+    """The stochastic step: flow_sde (the paper's), dance_sde or flow_cps."""
+    noise: float = 0.7
+    """Its strength: a of flow_sde and dance_sde, the fraction of a quarter turn of flow_cps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance, the same in rollout and replay; 1 is none."""
+    negative_prompt: str = ""
+    """What guidance moves away from."""
+    share_noise: bool = False
+    """One initial noise per group: its members part at the window, and the steps before it run once per group."""
+    micro_batch: int = 8
+    """Videos that the network sees at once, in rollout and replay."""
+    storage: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which the trained steps' states are kept."""
+    gradient_checkpointing: bool = False
+    """Recompute the network in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        time_grid(self.num_steps, self.shift)
+        self.window.check(self.num_steps)
+        sde_step(self.sde)
+        _require(self.noise > 0, f"noise must be > 0 where steps are trained, got {self.noise:g}")
+        _require(self.sde != "flow_cps" or self.noise <= 1, f"noise of flow_cps must be in (0, 1], got {self.noise:g}")
+        _require(self.micro_batch >= 1, f"micro_batch must be >= 1, got {self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Algorithm 1's constants."""
+
+    num_iterations: int = 100
+    """Rollouts in a run."""
+    num_prompts: int = 4
+    """Prompts in a global batch, over all ranks."""
+    group_size: int = 16
+    """Samples per prompt (the paper: 64)."""
+    clip: float = 1e-3
+    """How far a ratio is followed; 1e-3 has its meaning with log-probabilities averaged over dimensions."""
+    beta: float = 0.004
+    """Weight of the KL to the reference, which holds dt (`flow.kl_divergence`)."""
+    ratio: Literal["plain", "norm"] = "plain"
+    """"norm" is GRPO-Guard's RatioNorm, for videos; its clip is ~2e-6."""
+    weights: dict[str, float] | None = None
+    """Of the rewards; equal by default."""
+    aggregate: Aggregate = "normalize_then_sum"
+    """Compare each reward in its group and then average (the paper), or the other way round."""
+    baseline: Baseline = "z_score"
+    """What an advantage is measured against."""
+    clamp: float | None = None
+    """Limit of |advantage|; Flow-GRPO uses 5."""
+    num_updates: int = 1
+    """Optimiser steps per rollout. With 1 the ratio is 1 throughout and nothing is ever clipped."""
+    accumulate: int = 1
+    """Rollouts per optimiser step: a batch of num_prompts x accumulate prompts in that many parts."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are shortened to it."""
+    seed: int = 0
+    """Of every random stream of the run."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 1, f"num_prompts must be >= 1, got {self.num_prompts}")
+        _require(self.group_size >= 2, f"group_size must be >= 2: nothing to compare in a group of {self.group_size}")
+        _require(self.clip > 0, f"clip must be > 0, got {self.clip:g}")
+        _require(self.beta >= 0, f"beta must be >= 0, got {self.beta:g}")
+        _require(self.max_grad_norm > 0, f"max_grad_norm must be > 0, got {self.max_grad_norm:g}")
+        _require(min(self.num_updates, self.accumulate) >= 1, "num_updates and accumulate must be >= 1")
+        _require(
+            min(self.num_updates, self.accumulate) == 1,
+            f"num_updates = {self.num_updates} and accumulate = {self.accumulate} cannot both exceed 1: "
+            "a second update would be off-policy for half of the batch only",
+        )
+
+
+@dataclass(frozen=True)
+class NftConfig:
+    """DiffusionNFT's constants."""
+
+    beta: float = 1.0
+    """How far v+ and v- lie from v_old: 1 is v itself and its mirror image."""
+    num_times: int = 4
+    """Noised copies of each sample per update."""
+    slowing: float = 1e-3
+    """The average that samples keeps min(slowing x update, slowest) of itself: fast at first, then slow."""
+    slowest: float = 0.5
+    """See `slowing`."""
+    anchor: float = 1e-4
+    """Weight of mean |v - v_ref|^2."""
+
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, f"beta must be > 0, got {self.beta:g}")
+        _require(self.num_times >= 1, f"num_times must be >= 1, got {self.num_times}")
+        _require(0 <= self.slowest < 1 and self.slowing >= 0, "slowing must be >= 0 and slowest in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-4
+    """The paper's."""
+    weight_decay: float = 1e-4
+    """The paper's."""
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The embedded stack of two dimensions: what the prompts name and the reward asks for."""
+
+    prompts: list[str] = field(default_factory=lambda: [""])
+    """Names of modes, several of them to mix; "" is all of them."""
+    wanted: str = "east"
+    """The mode that the reward is highest at."""
+    width: int = 64
+    """Hidden units of the learned correction."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a run."""
+
+    mixture: MixtureConfig = MixtureConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe; `overrides` are `section.key=value`, later ones win.
+
+    Raises:
+        ValueError: no such file, no such key (did you mean ...?), a value of the wrong type or out of range; each with
+            the file and the key it came from.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    source = str(path)
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ValueError(f"an override is section.key=value, got {override!r}")
+        *parents, last = key.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"override {override!r}: {parent} is not a section")
+        node[last] = yaml.safe_load(value)
+        source = f"{path} with overrides"
+    return _build(Recipe, data, source, "")
+
+
+def _build(cls: type[T], data: Any, source: str, where: str) -> T:
+    """A dataclass from a mapping, or one line that says which key of which file is wrong."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{source}: {where or 'the recipe'} must be a section of keys, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(hints)}"
+            raise ValueError(f"{source}: unknown key {_join(where, key)!r}: {hint}")
+    values = {key: _convert(hints[key], value, source, _join(where, key)) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, source: str, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, source, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(args[0], value, source, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], item, source, where) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(name): _convert(args[1], item, source, _join(where, name)) for name, item in value.items()}
+    if hint is float and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{source}: {where} must be {wanted}, got {value!r}")
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)

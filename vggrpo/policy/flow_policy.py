@@ -1,0 +1,219 @@
+"""A policy out of any velocity network: denoising steps are its decisions.
+
+    rollout  ODE steps to the window, SDE steps in it, ODE steps after it; keeps the states at the window's steps
+    replay   the same Gaussian steps again from the stored states, now with a graph, and their KL to the reference
+
+Replay repeats the rollout's dtype, guidance, micro-batches and stored states, so that the ratio is 1 before any update.
+Latents in flight are [n *latent], n = B K videos. Every video has its own random stream, so that it does not depend on
+which others share its rank or micro-batch.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vggrpo import sampler
+from vggrpo.config import SamplingConfig
+from vggrpo.flow import Gaussian, Latent, Time, Velocity, kl_divergence, log_prob, sde_step
+from vggrpo.guidance import classifier_free
+from vggrpo.types import Condition, Replay, Rollout, Shift, Streams
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(z_t [n *latent], t [n] in [0, 1], cond [n ...]) -> v [n *latent]."""
+Encoder = Callable[[Condition], Tensor]
+"""B conditions -> [B ...], whatever the network reads: cached prompt embeddings, for one."""
+
+
+@dataclass(frozen=True)
+class FlowTrajectory:
+    """A rollout's notes on n = B K videos. Step `steps[i]` goes from states[i] to states[i + 1]: N = S + 1 states."""
+
+    steps: range
+    states: Float[Tensor, "N n *latent"]
+    means: Float[Tensor, "S n *latent"] | None
+    """Of the Gaussian steps, fp32; only for RatioNorm."""
+    cond: Tensor
+    negative: Tensor
+
+
+class FlowPolicy:
+    """Samples by denoising with `network`, and is trained at the steps of a window."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        encode: Encoder,
+        latent_shape: Sequence[int],
+        cfg: SamplingConfig,
+        reference: Network | None = None,
+        keep_means: bool = False,
+    ) -> None:
+        """A policy over `network`, which stays the caller's: prepare it for the launch first.
+
+        Args:
+            network: the velocity that is trained, called as a `Network`.
+            encode: turns conditions into what `network` reads; the negative prompt passes through it too.
+            latent_shape: of one video, such as (C, L, h, w).
+            cfg: grid, window, noise, guidance, micro-batches.
+            reference: what KL is measured against, `frozen_copy(network)` or `lora_off(network)`. None: KL is 0.
+            keep_means: remember each step's mean, one more fp32 latent per step; RatioNorm needs it.
+        """
+        self.network, self.reference = network, reference
+        self.encode, self.latent_shape = encode, tuple(latent_shape)
+        self.cfg, self.keep_means = cfg, keep_means
+        self.grid = sampler.time_grid(cfg.num_steps, cfg.shift)
+        self.sde = sde_step(cfg.sde)
+
+    @torch.no_grad()
+    def rollout(self, cond: Condition, group_size: int, generator: Streams) -> Rollout:
+        """Draw K = `group_size` samples for each of B conditions. Members that share their noise part at the window."""
+        B, K, cfg = len(cond), group_size, self.cfg
+        steps = cfg.window.steps(generator.iteration, cfg.num_steps)
+        streams = [generator.member(b, k) for b in range(B) for k in range(K)]
+        c, negative = self.encode(cond), self.encode(Condition(prompt=[cfg.negative_prompt] * B))
+        to_videos = torch.arange(B, device=c.device).repeat_interleave(K)
+
+        if cfg.share_noise:  # one sample per group until the window begins
+            z = self._to_window([generator.group(b) for b in range(B)], c, negative, steps)[to_videos]
+        else:
+            z = self._to_window(streams, c[to_videos], negative[to_videos], steps)
+        c, negative = c[to_videos], negative[to_videos]
+
+        means: list[Tensor] = []
+        walks = [
+            sampler.rollout(
+                self._velocity(self.network, c[part], negative[part]),
+                z[part],
+                self.grid[steps.start :],
+                range(len(steps)),
+                self._recorded(means) if self.keep_means else self.sde,
+                cfg.noise,
+                streams[part],
+                dtype=getattr(torch, cfg.storage),
+            )
+            for part in self.chunks(B * K)
+        ]
+        trajectory = FlowTrajectory(
+            steps=steps,
+            states=torch.cat([walk.states for walk in walks], dim=1),
+            means=_by_step(means, len(steps)) if self.keep_means else None,
+            cond=c,
+            negative=negative,
+        )
+        z0 = torch.cat([walk.z0 for walk in walks]).view(B, K, *self.latent_shape)
+        return Rollout(cond, z0, torch.cat([walk.log_prob for walk in walks]).view(B, K, len(steps)), trajectory)
+
+    def replay(self, rollout: Rollout) -> Iterator[Replay]:
+        """Every trained step, `micro_batch` videos at a time, in the rollout's own chunks."""
+        notes: FlowTrajectory = rollout.trajectory
+        B, K, S = rollout.log_prob.shape
+        for i in range(S):
+            for part in self.chunks(B * K):
+                step = self._step(self.network, notes, i, part, training=True)
+                if self.reference is None:
+                    kl = torch.zeros_like(step.mean).flatten(1).mean(-1)
+                else:
+                    with torch.no_grad():
+                        anchor = self._step(self.reference, notes, i, part)
+                    kl = kl_divergence(step, anchor)
+                video = torch.arange(B * K, device=kl.device)[part]
+                yield Replay(
+                    at=(video // K, video % K, torch.full_like(video, i)),
+                    log_prob=log_prob(notes.states[i + 1, part], step),
+                    kl=kl,
+                    shift=self._shift(step, notes, i, part),
+                )
+
+    def _step(self, network: Network, notes: FlowTrajectory, i: int, part: slice, training: bool = False) -> Gaussian:
+        t, t_next = self.grid[notes.steps[i]], self.grid[notes.steps[i] + 1]
+        z_t = notes.states[i, part].float()
+        if training and self.cfg.gradient_checkpointing:
+            network = _checkpointed(network)
+        v = self._velocity(network, notes.cond[part], notes.negative[part])(z_t, t)
+        return self.sde(z_t, v, t, t_next, self.cfg.noise)
+
+    def _velocity(self, network: Network, cond: Tensor, negative: Tensor) -> Velocity:
+        def bound_to(c: Tensor) -> Velocity:
+            def velocity(z_t: Latent, t: Time) -> Latent:
+                return network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), c)
+
+            return velocity
+
+        return classifier_free(bound_to(cond), bound_to(negative), self.cfg.guidance_scale)
+
+    def _to_window(self, streams: Sequence[torch.Generator], c: Tensor, negative: Tensor, steps: range) -> Tensor:
+        """Noise from `streams`, walked along the ODE to where the window begins."""
+        z = sampler.normal((len(streams), *self.latent_shape), streams).to(c.device)
+        grid = self.grid[: steps.start + 1]
+        parts = self.chunks(len(z))
+        return torch.cat(
+            [sampler.ode_sample(self._velocity(self.network, c[p], negative[p]), z[p], grid) for p in parts]
+        )
+
+    def chunks(self, num: int) -> list[slice]:
+        """`num` videos in micro-batches."""
+        size = self.cfg.micro_batch
+        return [slice(i, min(i + size, num)) for i in range(0, num, size)]
+
+    def _recorded(self, means: list[Tensor]) -> Callable[[Latent, Latent, Time, Time, float], Gaussian]:
+        def step(z_t: Latent, v: Latent, t: Time, t_next: Time, noise: float) -> Gaussian:
+            gaussian = self.sde(z_t, v, t, t_next, noise)
+            means.append(gaussian.mean)
+            return gaussian
+
+        return step
+
+    def _shift(self, step: Gaussian, notes: FlowTrajectory, i: int, part: slice) -> Shift | None:
+        if notes.means is None:
+            return None
+        drift = kl_divergence(step, Gaussian(notes.means[i, part], step.std))
+        dt = self.grid[notes.steps[i]] - self.grid[notes.steps[i] + 1]
+        return Shift(drift, torch.full_like(drift, float(step.std)), torch.full_like(drift, float(dt)))
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """The reference for small networks: this network as it is now. Take it before the launch wraps the network."""
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+def lora_off(network: nn.Module) -> Network:
+    """The reference that costs no memory: the same network with its LoRA adapters (peft) switched off for the call.
+
+    Raises:
+        ValueError: the network has no adapters, so that it would be its own reference.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("lora_off: the network has no LoRA layers; use frozen_copy, or add the adapters first")
+
+    def reference(z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            v: Tensor = network(z_t, t, cond)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+        return v
+
+    return reference
+
+
+def _checkpointed(network: Network) -> Network:
+    def recomputed(z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        v: Tensor = checkpoint(network, z_t, t, cond, use_reentrant=False)
+        return v
+
+    return recomputed
+
+
+def _by_step(means: list[Tensor], num_steps: int) -> Tensor:
+    """Recorded chunk by chunk, step by step within each -> [S n *latent]."""
+    return torch.stack([torch.cat(means[i::num_steps]) for i in range(num_steps)])

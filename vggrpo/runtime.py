@@ -1,0 +1,151 @@
+"""One run on any number of ranks: who samples what, gathering, gradients, the clock. All of accelerate is behind it.
+
+A global batch is B prompts x K members. Ranks share it prompts first; where they outnumber the prompts' common divisor,
+the groups themselves are cut: 4 ranks and 2 prompts are 2 x 2, each rank with half a group. Random streams are named by
+the global prompt and member (`types.Streams`) and advantages are computed on the gathered rewards, so that neither
+depends on the number of ranks.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from vggrpo.types import Condition, Streams
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's rectangle of the [B K] global batch."""
+
+    prompts: slice
+    members: slice
+    shape: tuple[int, int]
+    """(ranks along B, ranks along K); rank = i_B * ranks along K + i_K."""
+
+
+def share_of(rank: int, num_ranks: int, num_prompts: int, group_size: int) -> Share:
+    """The part of B = `num_prompts` x K = `group_size` that falls to `rank`. All parts have one size.
+
+    Raises:
+        ValueError: a group of one, or a batch that cannot be cut into equal rectangles.
+    """
+    if num_prompts < 1 or group_size < 2:
+        raise ValueError(
+            f"num_prompts must be >= 1 and group_size >= 2 (a group of 1 has nothing to compare), "
+            f"got {num_prompts} and {group_size}"
+        )
+    along_b = math.gcd(num_ranks, num_prompts)
+    along_k = num_ranks // along_b
+    if group_size % along_k:
+        raise ValueError(
+            f"{num_prompts} prompts x groups of {group_size} cannot be shared by {num_ranks} ranks: "
+            f"each group falls on {along_k} ranks, so group_size must be a multiple of {along_k}"
+        )
+    b, k = num_prompts // along_b, group_size // along_k
+    i, j = divmod(rank, along_k)
+    return Share(slice(i * b, (i + 1) * b), slice(j * k, (j + 1) * k), (along_b, along_k))
+
+
+class Run:
+    """This process's place among the ranks, and the steps in which they act together."""
+
+    def __init__(self, accelerator: Accelerator, num_prompts: int, group_size: int) -> None:
+        """Raises ValueError where the batch cannot be shared by the ranks (see `share_of`)."""
+        self.accelerator = accelerator
+        self.num_prompts = num_prompts
+        self.share = share_of(accelerator.process_index, accelerator.num_processes, num_prompts, group_size)
+        self.num_members = self.share.members.stop - self.share.members.start
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Network and optimiser as this launch needs them (DDP, ...). The trained network must be called through it."""
+        prepared: tuple[Any, Any] = self.accelerator.prepare(network, optimizer)
+        return prepared
+
+    def mine(self, cond: Condition) -> Condition:
+        """This rank's prompts of the global batch `cond`.
+
+        Raises:
+            ValueError: `cond` is not the global batch.
+        """
+        if len(cond) != self.num_prompts:
+            raise ValueError(f"the run was set up for {self.num_prompts} prompts per batch, got {len(cond)}")
+        return cond[self.share.prompts]
+
+    def streams(self, seed: int, iteration: int, first_prompt: int = 0) -> Streams:
+        """This rank's random streams; `first_prompt` is the index of the global batch's own first prompt."""
+        share = self.share
+        return Streams(seed, iteration, first_prompt + share.prompts.start, share.members.start)
+
+    def gather(self, values: dict[str, Shaped[Tensor, "b k ..."]]) -> dict[str, Shaped[Tensor, "B K ..."]]:
+        """Every rank's part, put together: the same [B K ...] on every rank."""
+        return {name: self._gather(value) for name, value in values.items()}
+
+    def local(self, value: Shaped[Tensor, "B K ..."]) -> Shaped[Tensor, "b k ..."]:
+        """This rank's part of a global tensor: the inverse of `gather`."""
+        return value[self.share.prompts, self.share.members]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradient, averaged over the ranks.
+
+        DDP sends at every call. To send once per update it would have to know the last chunk before its forward pass,
+        and LoRA's gradients are small next to a video model's backward.
+        """
+        self.accelerator.backward(loss)
+
+    def clip_and_step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+        """One optimiser step on the gathered gradient, which is then cleared. Returns its norm before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the parameters are left as they were.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = float(self.accelerator.clip_grad_norm_(params, max_grad_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm}: the parameters were not updated")
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def _gather(self, value: Tensor) -> Tensor:
+        # accelerate stacks ranks along axis 0: [(i_B i_K b) k ...] -> [(i_B b) (i_K k) ...]
+        along_b, along_k = self.share.shape
+        b, k, *rest = value.shape
+        every = self.accelerator.gather(value.contiguous()).reshape(along_b, along_k, b, k, *rest)
+        return every.transpose(1, 2).reshape(along_b * b, along_k * k, *rest)
+
+
+class Clock:
+    """Seconds and peak memory of each phase: `with clock("rollout"): ...`. A phase entered twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+        self.peak_bytes[phase] = max(self.peak_bytes.get(phase, 0), _peak_bytes())
+
+
+def _peak_bytes() -> int:
+    """On a GPU, of the phase; on a CPU the system remembers only the highest so far, of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
