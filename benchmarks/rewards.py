@@ -3,7 +3,8 @@
     python -m benchmarks.rewards        # about two minutes on two cores; OMP_NUM_THREADS says how many are used
 
 A batch of 8 clips. Memory is the peak of what torch allocates during the call, above its inputs (torch's profiler; the
-process's own size would hide it behind what was freed before). Ratios are to 17 frames of 64 x 64.
+process's own size would hide it behind what was freed before). Ratios are to 17 frames of 64 x 64, of the fastest runs:
+a busy neighbour slows the others.
 """
 
 import json
@@ -64,22 +65,24 @@ def peak_megabytes(run: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    print(f"{machine()}\nbatch {BATCH}; median time; x: ratio to {BASE[0]} frames of {BASE[1]} x {BASE[1]}\n")
+    print(
+        f"{machine()}\nbatch {BATCH}; median (fastest) of 7; x: ratio of the fastest and of memory to {BASE[0]} frames of {BASE[1]} x {BASE[1]}\n"
+    )
     for reward in (reprojection_consistency, motion_smoothness):
-        base: dict[str, tuple[float, float]] = {}
-        rows: dict[tuple[int, int], dict[str, tuple[float, float]]] = {}
+        base: dict[str, tuple[float, float, float]] = {}
+        rows: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {}
         for size in (BASE, *(s for s in SIZES if s != BASE)):
             scene = scene_of(*size)
             rows[size] = {
-                name: (seconds(run, repeats=5)[0], peak_megabytes(run)) for name, run in calls(reward, scene).items()
+                name: (*seconds(run, repeats=7), peak_megabytes(run)) for name, run in calls(reward, scene).items()
             }
         base = rows[BASE]
-        print(f"{reward.__name__:26}" + "".join(f"{name:36}" for name in base))
+        print(f"{reward.__name__:26}" + "   ".join(f"{name:37}" for name in base))
         for size in SIZES:
             row = f"  T {size[0]:2}, {size[1]:3} x {size[1]:3}      "
-            for name, (time, memory) in rows[size].items():
-                more = f"x{time / base[name][0]:.1f}", f"x{memory / base[name][1]:.1f}"
-                row += f"{time * 1000:8.1f} ms {more[0]:6}{memory:8.1f} MiB {more[1]:6}"
+            for name, (middle, best, memory) in rows[size].items():
+                more = f"x{best / base[name][1]:.1f}", f"x{memory / base[name][2]:.1f}"
+                row += f"{middle * 1000:7.0f} ({best * 1000:4.0f}) ms {more[0]:6}{memory:6.0f} MiB {more[1]:5}"
             print(row)
         print()
 
