@@ -65,9 +65,7 @@ def peak_megabytes(run: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    print(
-        f"{machine()}\nbatch {BATCH}; median (fastest) of 7; x: ratio of the fastest and of memory to {BASE[0]} frames of {BASE[1]} x {BASE[1]}\n"
-    )
+    print(f"{machine()}\nbatch {BATCH}; median (fastest) of 7; x: the fastest, and memory, over the second row's\n")
     for reward in (reprojection_consistency, motion_smoothness):
         base: dict[str, tuple[float, float, float]] = {}
         rows: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {}
