@@ -61,12 +61,37 @@ def cast(shot: Shot, x: Tensor, y: Tensor) -> Hit:
             if len(clips) == 0:
                 continue
             mine = slice(None) if len(clips) == len(shot.shape) else clips
-            body = Ray((inverse(shot.pose[mine, :, n]) @ shot.camera[mine])[:, :, None, None], x[mine], y[mine])
-            t = meet(body, shot.half[mine, n])
-            nearer = t < depth[mine]
-            depth[mine] = torch.where(nearer, t, depth[mine])
-            instance[mine] = torch.where(nearer, n + 1, instance[mine])
+            to_body, half = inverse(shot.pose[mine, :, n]) @ shot.camera[mine], shot.half[mine, n]
+            rows, columns = _window(to_body, half.norm(dim=-1), x[mine], y[mine])
+            part = (mine, slice(None), rows, columns)
+            t = meet(Ray(to_body[:, :, None, None], x[mine][..., columns], y[mine][:, :, rows]), half)
+            nearer = t < depth[part]
+            depth[part] = torch.where(nearer, t, depth[part])
+            instance[part] = torch.where(nearer, n + 1, instance[part])
     return Hit(depth, instance)
+
+
+def _window(
+    to_body: Float[Tensor, "B T 4 4"], radius: Float[Tensor, " B"], x: Tensor, y: Tensor
+) -> tuple[slice, slice]:
+    """Rows and columns of a regular grid of rays outside which a sphere around the body's origin is never met."""
+    if x.shape[2] > 1 or y.shape[3] > 1:  # not a regular grid
+        return slice(None), slice(None)
+    centre = -(to_body[..., :3, :3] * to_body[..., :3, 3:]).sum(-2)
+    windows = []
+    for axis, line in ((1, y[..., 0]), (0, x[:, :, 0])):
+        # In the plane of this axis and z, the tangents to the sphere enclose the middle by asin(radius / distance).
+        away = torch.hypot(centre[..., axis], centre[..., 2])
+        middle, aside = torch.atan2(centre[..., axis], centre[..., 2]), (radius[:, None] / away).clamp(max=1).asin()
+        around = away <= radius[:, None]
+        low, high = ((middle + side * aside).clamp(-_UPRIGHT, _UPRIGHT).tan() for side in (-1.001, 1.001))
+        low, high = low.where(~around, low.new_tensor(-math.inf)), high.where(~around, high.new_tensor(math.inf))
+        met = ((line >= low[..., None]) & (line <= high[..., None])).any(1).any(0).nonzero()
+        windows.append(slice(int(met[0, 0]), int(met[-1, 0]) + 1) if len(met) else slice(0, 0))
+    return windows[0], windows[1]
+
+
+_UPRIGHT = math.pi / 2 - 1e-4
 
 
 class Ray:

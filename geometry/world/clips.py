@@ -192,6 +192,8 @@ def film(
 def _scene_flow(shot: Shot, hit: Hit, points: Tensor) -> Tensor:
     """(M - I) x for the body's own motion M, both in world axes; zero for what stands still."""
     B, T, N = shot.motion.shape[:3]
+    if not shot.motion.any():
+        return torch.zeros_like(points)
     still = torch.zeros_like(shot.motion[:, :, :1])
     table = torch.cat([still, shot.motion], dim=2)[..., :3, :].reshape(B * T * (N + 1), 12)
     frame = torch.arange(B * T, device=points.device).view(B, T, 1, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
@@ -88,13 +88,14 @@ def slow_drift(clip: Clip, magnitude: float, seed: int = 0) -> Clip:
 
 
 def sliding_object(clip: Clip, magnitude: float, seed: int = 0) -> Clip:
-    """The body with the most pixels slides `magnitude` scene units sideways by the last frame, and no flow says so."""
+    """The resting body with the most pixels slides `magnitude` scene units sideways by the last frame, unannounced."""
     shot = clip.shot
     grow = torch.linspace(0, 1, shot.pose.shape[1], device=shot.pose.device)
     side = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], size=len(clip))).to(shot.pose)
     pose = shot.pose.clone()
     mine = torch.arange(len(clip), device=pose.device)
-    pose[mine, :, _largest(clip), 0, 3] += magnitude * side[:, None] * grow
+    resting = (shot.motion == 0).flatten(3).all(-1).all(1)
+    pose[mine, :, _largest(clip, resting), 0, 3] += magnitude * side[:, None] * grow
     return _filmed(clip, replace(shot, pose=pose))
 
 
@@ -164,7 +165,8 @@ def _fields(clip: Clip, frames: int, seed: int) -> Float[Tensor, "B frames H W 2
     return fields.movedim(1, -1).unflatten(0, (len(clip), frames)).to(clip.video)
 
 
-def _largest(clip: Clip) -> Tensor:
-    """The body `[B]` with the most pixels in the clip."""
+def _largest(clip: Clip, among: Bool[Tensor, "B N"] | None = None) -> Tensor:
+    """The body `[B]` with the most pixels in the clip, if it may be chosen."""
     seen = clip.instances.reshape(len(clip), -1)
-    return torch.stack([(seen == n + 1).sum(-1) for n in range(clip.shot.shape.shape[1])], dim=-1).argmax(-1)
+    pixels = torch.stack([(seen == n + 1).sum(-1) for n in range(clip.shot.shape.shape[1])], dim=-1)
+    return (pixels if among is None else pixels * among).argmax(-1)

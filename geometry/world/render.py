@@ -50,18 +50,18 @@ def _render_chunk(
             shift = shift.repeat_interleave(supersample, 2).repeat_interleave(supersample, 3)
         x, y = rays(shot, (size[0] * supersample, size[1] * supersample), shift, supersample)
         fine = cast(shot, x, y)
-        edge = _meets_another(surface) | (_blocks(fine.instance, supersample) != hit.instance[..., None]).any(-1)
-        mine = frame.expand_as(edge)[edge][:, None].expand(-1, supersample**2)
-        picked = [_blocks(z.expand_as(fine.depth), supersample)[edge] for z in (x, y, *fine)]
-        ray = Ray(shot.camera.flatten(0, 1)[mine], picked[0], picked[1])
-        color, _ = shade(shot, mine, ray, picked[2], picked[3])
+        edge = _meets_another(surface)
+        for i in range(supersample):
+            for j in range(supersample):
+                edge |= fine.instance[..., i::supersample, j::supersample] != hit.instance
+        b, t, row, column = (k[:, None] for k in edge.nonzero(as_tuple=True))
+        inside = torch.arange(supersample**2, device=edge.device)
+        line, place = row * supersample + inside // supersample, column * supersample + inside % supersample
+        ray = Ray(shot.camera[b, t], *(z.expand_as(fine.depth)[b, t, line, place] for z in (x, y)))
+        depth, instance = (z[b, t, line, place] for z in fine)
+        color, _ = shade(shot, (b * T + t).expand_as(depth), ray, depth, instance)
         video.movedim(2, -1)[edge] = torch.stack([c.mean(-1) for c in color], dim=-1)
     return video, hit.depth, hit.instance
-
-
-def _blocks(x: Tensor, side: int) -> Tensor:
-    """`[B T H*s W*s]` -> `[B T H W s*s]`: the rays of each pixel."""
-    return x.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).transpose(-3, -2).flatten(-2)
 
 
 def _meets_another(surface: Int[Tensor, "B T H W"]) -> Bool[Tensor, "B T H W"]:

@@ -95,3 +95,11 @@ def test_blur_keeps_brightness_and_geometry(clips):
     assert soft.video.mean() == pytest.approx(clips.video.mean().item(), abs=0.01)
     edges = [(v[..., 1:] - v[..., :-1]).abs().mean() for v in (soft.video, clips.video)]
     assert edges[0] < 0.6 * edges[1]
+
+
+def test_what_slides_is_a_body_that_rests(clips):
+    slid = sliding_object(clips, 0.5)
+    moved = (slid.shot.pose != clips.shot.pose).flatten(3).any(-1).any(1)
+    assert (moved.sum(1) == 1).all()
+    assert (clips.shot.motion[moved[:, None].expand(-1, 17, -1)] == 0).all()
+    assert (clips.shot.motion != 0).any()

@@ -8,7 +8,7 @@ import torch
 from geometry.cameras import inverse, project, so3_exp, unproject
 from geometry.types import Geometry, check_geometry
 from geometry.world import MOTIONS, make_clip, make_clips
-from geometry.world.cast import cast, rays_through
+from geometry.world.cast import cast, rays, rays_through
 
 SEEDS = range(900, 912)
 
@@ -84,6 +84,17 @@ def test_exact_rays_find_static_points_at_their_depth(clips):
     assert error.quantile(0.99) < 1e-4  # the last percent graze the rim of a body
     assert tracks.visible[:, 0].float().mean() > 0.8  # all but the sky
     assert 0.3 < tracks.visible[:, 1:].float().mean() < 0.98
+
+
+def test_looking_for_a_body_only_where_it_can_be_seen_misses_nothing():
+    """A regular grid is searched in a window around each body; the same rays as a list are searched everywhere."""
+    for kind in ({"dynamic": True}, {"jitter": 8.0}):
+        shot = make_clips(range(900, 924), size=(24, 32), supersample=1, **kind).shot
+        x, y = rays(shot, (24, 32))
+        grid, everywhere = cast(shot, x, y), cast(shot, *(z.expand(24, 17, 24, 32) for z in (x, y)))
+        assert torch.equal(grid.depth, everywhere.depth)
+        assert torch.equal(grid.instance, everywhere.instance)
+        assert (grid.instance > 0).any()
 
 
 def wrong_convention(scene: Geometry, bug: str) -> Geometry:
