@@ -153,15 +153,14 @@ def fuse(scene: Geometry, video: Video = None, voxel: float | None = None, *, mi
     tensor, f32, t, trunc = o3d.core.Tensor, o3d.core.float32, o3d.t.geometry, 4.0
     # Not the legacy ScalableTSDFVolume: in open3d 0.20 it integrates next to nothing.
     grid = t.VoxelBlockGrid(("tsdf", "weight", "color"), (f32, f32, f32), ((1), (1), (3)), voxel, 16, 10000)
-    # No half-pixel shift: a voxel at u reads pixel int(u), which is centred at +0.5 as ours is. The -0.5 that open3d's
-    # own unprojection would need (it puts centres on integers) would here move slanted surfaces.
+    # No half-pixel shift: a voxel at u reads pixel int(u), which is centred at +0.5 as ours is. (open3d's own
+    # unprojection, which puts centres on integers, would need one.)
     intrinsics, w2c = scene.intrinsics.double(), inverse(scene.c2w).double()
     world = unproject(scene.depth, scene.intrinsics, scene.c2w)
     # open3d skips whatever lands in the last row or column of an image: let that be a border without depth.
     depth, shade = pad(scene.depth.where(keep, 0.0), (0, 1, 0, 1)), pad(colors / 255, (0, 0, 0, 1, 0, 1))
     for i in keep.any(-1).any(-1).nonzero()[:, 0].tolist():
         camera = tensor(intrinsics[i].numpy()), tensor(w2c[i].numpy())
-        # Blocks around the points themselves: given a depth image, open3d visits every fourth pixel only.
         blocks = grid.compute_unique_block_coordinates(t.PointCloud(tensor(world[i][keep[i]].numpy())), trunc)
         images = t.Image(tensor(depth[i].numpy())), t.Image(tensor(shade[i].numpy()))
         grid.integrate(blocks, *images, *camera, 1.0, float("inf"), trunc)

@@ -221,15 +221,22 @@ def _convert(hint: Any, value: Any, source: str, where: str) -> Any:
         return [_convert(args[0], item, source, where) for item in value]
     if origin is dict and isinstance(value, dict):
         return {str(name): _convert(args[1], item, source, _join(where, name)) for name, item in value.items()}
-    if hint is float and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-3 as a string
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+    if hint is float and (number := _number(value)) is not None:
+        return number
     if hint in (int, bool, str) and type(value) is hint:
         return value
     wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
     raise ValueError(f"{source}: {where} must be {wanted}, got {value!r}")
+
+
+def _number(value: Any) -> float | None:
+    """YAML 1.1 reads 1e-3 as a string; None for what is no number."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _join(where: str, key: object) -> str:
