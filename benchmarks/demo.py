@@ -94,8 +94,8 @@ READING = f"""
 How to read it. The first row is the truth, the others are its faults. A reward sees a fault if its score falls in every
 clip, and is blind if nothing changes.
 - Motion smoothness sees only the camera: how unsteadily it moves, not what is filmed.
-- Reprojection consistency sees only the world: whether all frames agree on one solid shape. What moves by itself is
-  left out, and so it overlooks the fault of an object that was moving anyway.
+- Reprojection consistency sees only the world: whether all frames agree on one solid shape. What moves by itself
+  is left out.
 - Both are full for a frozen video, and together they prefer it to the truth. The motion floor is there to forbid that;
   it is 0 for any camera that moves, and so has no say among clips that do.
 - Colours are nobody's business here: blur and an object that changes its colours pass. Judges look at those.

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from geometry import dynamic_mask
+from geometry import Geometry, dynamic_mask
+from geometry.cameras import pinhole, pixel_grid, rigid, unproject
 from geometry.reproject import render_cloud
 from geometry.world import make_clips
 
@@ -67,6 +68,20 @@ def test_a_view_sees_the_other_frames_where_it_sees_itself(subpixel):
     assert gap[~behind].mean() < (1e-3 if subpixel else 5e-2)
     if not subpixel:  # what interpolation is for: on slanted surfaces the pixel's centre is somewhere else
         assert gap[~behind].mean() > 3e-3
+
+
+def test_slanted_planes_are_interpolated_exactly():
+    """A floor seen from a moving camera; depth is linear in 1/z across the image and not in z."""
+    position = torch.arange(5, dtype=torch.float64)[:, None] * torch.tensor([0.07, 0.0, 0.05], dtype=torch.float64)
+    c2w = rigid(torch.eye(3, dtype=torch.float64).expand(5, 3, 3), position)
+    intrinsics = pinhole(torch.tensor(60.0, dtype=torch.float64), 24, 24).expand(5, 3, 3)
+    down = (pixel_grid(24, 24, c2w)[..., 1] - 12) / intrinsics[0, 1, 1]
+    depth = (1.0 / (down + 0.7)).expand(5, 24, 24).contiguous()  # the plane y + 0.7 z = 1, in every camera
+    depth = depth * (1 - 0.7 * position[:, 2])[:, None, None]  # ... which it nears
+    scene = Geometry(c2w, intrinsics, depth, unproject(depth, intrinsics, c2w))
+    view = render_cloud(scene, torch.ones_like(depth, dtype=torch.bool), exclude_self=True, subpixel=True)
+    assert view.both.float().mean() > 0.8
+    assert (view.rendered - view.observed)[view.both].abs().max() < 1e-6
 
 
 def test_a_cloud_of_itself_alone_is_its_own_depth():
