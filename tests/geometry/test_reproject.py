@@ -76,12 +76,14 @@ def test_slanted_planes_are_interpolated_exactly():
     c2w = rigid(torch.eye(3, dtype=torch.float64).expand(5, 3, 3), position)
     intrinsics = pinhole(torch.tensor(60.0, dtype=torch.float64), 24, 24).expand(5, 3, 3)
     down = (pixel_grid(24, 24, c2w)[..., 1] - 12) / intrinsics[0, 1, 1]
-    depth = (1.0 / (down + 0.7)).expand(5, 24, 24).contiguous()  # the plane y + 0.7 z = 1, in every camera
+    depth = (1.0 / (0.6 * down + 0.7)).expand(5, 24, 24).contiguous()  # the plane 0.6 y + 0.7 z = 1, in every camera
     depth = depth * (1 - 0.7 * position[:, 2])[:, None, None]  # ... which it nears
     scene = Geometry(c2w, intrinsics, depth, unproject(depth, intrinsics, c2w))
     view = render_cloud(scene, torch.ones_like(depth, dtype=torch.bool), exclude_self=True, subpixel=True)
     assert view.both.float().mean() > 0.8
-    assert (view.rendered - view.observed)[view.both].abs().max() < 1e-6
+    gap = (view.rendered - view.observed)[view.both].abs()
+    assert gap.median() < 1e-12
+    assert gap.max() < 2e-4  # where a pixel centre with a share below 1e-3 is not asked; linear in z: 4e-3
 
 
 def test_a_cloud_of_itself_alone_is_its_own_depth():
