@@ -233,6 +233,18 @@ def test_supersampling_only_softens_edges():
     assert 0.02 < changed < 0.5
 
 
+def test_where_bodies_meet_a_pixel_is_the_mean_of_its_rays():
+    """Against an image of twice the size, averaged; inside a surface one ray is enough."""
+    soft = make_clips(range(8), supersample=2)
+    large = make_clips(range(8), size=(128, 128), supersample=1).video
+    mean = torch.nn.functional.avg_pool2d(large.flatten(0, 1), 2).unflatten(0, (8, 17))
+    across = soft.instances[..., 1:] != soft.instances[..., :-1]
+    gap = (soft.video - mean).abs().amax(2)
+    assert gap[..., 1:][across].max() < 1e-4
+    assert gap[..., :-1][across].max() < 1e-4
+    assert gap.mean() < 0.01
+
+
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
