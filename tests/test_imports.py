@@ -98,3 +98,10 @@ print(float(motion_smoothness(scene)))
     code = block.replace("{names!r}", repr({*HEAVY, "scipy", "cv2", "pycolmap", "beartype", "pytest", "yaml"}))
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(result.stdout) == 1.0
+
+
+def test_the_command_names_the_extra_that_is_missing():
+    code = "import sys; sys.modules['accelerate'] = None; from vggrpo.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "vggrpo: accelerate is not installed: pip install 'vggrpo[train]'\n"

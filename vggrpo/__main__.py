@@ -4,10 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Exit with the command's status."""
+    """Exit with the command's status; a missing extra is one line that names it."""
     # Here, not above: the command line imports the whole stack, and `import vggrpo.__main__` need not.
-    from vggrpo.cli import main as run
-
+    try:
+        from vggrpo.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("vggrpo", "geometry", "rewards"):
+            raise
+        sys.exit(f"vggrpo: {error.name} is not installed: pip install 'vggrpo[train]'")
     sys.exit(run())
 
 
