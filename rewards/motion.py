@@ -64,7 +64,7 @@ def camera_motion(scene: Geometry) -> Float[Tensor, "*batch"]:
 
 
 def camera_motion_floor(scene: Geometry, *, floor: float = 0.01) -> Float[Tensor, "*batch"]:
-    """-max(0, 1 - motion/floor), in [-1, 0]: 0 for a camera that moves at least `floor`, -1 for a frozen one.
+    """min(0, motion/floor - 1), in [-1, 0]: 0 for a camera that moves at least `floor`, -1 for a frozen one.
 
     The anti-freeze term (the hinge of WorldAlign, arXiv 2610.12382, made scale-free); motion is `camera_motion`. Unlike
     the others it says nothing about a camera that moves enough, so that it cannot be won by shaking.
@@ -74,7 +74,7 @@ def camera_motion_floor(scene: Geometry, *, floor: float = 0.01) -> Float[Tensor
     """
     if floor <= 0:
         raise ValueError(f"floor must be > 0, got {floor}")
-    return -(1 - camera_motion(scene) / floor).clamp(min=0)
+    return (camera_motion(scene) / floor - 1).clamp(max=0)
 
 
 def _jolt(step: Float[Tensor, "*batch pairs 3"], floor: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch inner"]:
