@@ -5,6 +5,8 @@ of VGGT. `omegalike`: blocks that take and return lists of [B, T, N, C], with an
 checkpointing of its own: the layouts of DA3 and VGGT-Omega. Random weights, with LayerScale far from its usual 1.
 """
 
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -165,3 +167,23 @@ class LinearVAE:
 
     def encode(self, video):
         return self.spec.normalised(self.raw(video))
+
+
+def outputs(scene):
+    return {f.name: getattr(scene, f.name) for f in fields(scene) if isinstance(getattr(scene, f.name), torch.Tensor)}
+
+
+def largest_difference(a, b):
+    a, b = outputs(a), outputs(b)
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).detach().abs().max()) for name in a)
+
+
+def random_projection(scene, seed=0):
+    """A plain sum of a rotation can have no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (x * torch.randn(x.shape, generator=generator)).sum()
+        for name, x in outputs(scene).items()
+        if x.is_floating_point()
+    }

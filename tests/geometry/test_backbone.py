@@ -1,7 +1,7 @@
 """Entering a backbone at a block with the block's own tokens changes nothing, to the bit; what would is noticed."""
 
 import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from geometry import hooks
 from geometry.backbone import BackboneSpec, HookedBackbone, Tokens, rescaled
 from geometry.cameras import pinhole, project
-from tests.geometry.standins import call, omegalike, parse, vgglike
+from tests.geometry.standins import (
+    call,
+    largest_difference,
+    omegalike,
+    parse,
+    random_projection,
+    vgglike,
+)
 
 BACKBONES = {"vgglike": vgglike, "omegalike": omegalike}
 EVERY_POINT = [(name, point) for name, make in BACKBONES.items() for point in make().spec.stitch_points]
@@ -21,26 +28,6 @@ EVERY_POINT = [(name, point) for name, make in BACKBONES.items() for point in ma
 def video(backbone, batch=(2,), T=3, grid=(3, 5), seed=0):
     p = backbone.spec.patch
     return torch.rand(*batch, T, 3, grid[0] * p, grid[1] * p, generator=torch.Generator().manual_seed(seed))
-
-
-def outputs(scene):
-    return {f.name: getattr(scene, f.name) for f in fields(scene) if isinstance(getattr(scene, f.name), torch.Tensor)}
-
-
-def largest_difference(a, b):
-    a, b = outputs(a), outputs(b)
-    assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
-def random_projection(scene, seed=0):
-    """A plain sum of a rotation can have no gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (x * torch.randn(x.shape, generator=generator)).sum()
-        for name, x in outputs(scene).items()
-        if x.is_floating_point()
-    }
 
 
 @pytest.mark.parametrize("recompute", [False, True])
