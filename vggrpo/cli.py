@@ -5,19 +5,22 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vggrpo.check import check
-from vggrpo.config import Recipe, load_recipe
+from vggrpo.config import Recipe, load_recipe, read_recipe
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
 from vggrpo.trainer import GeometryFn, RewardFn, train
 from vggrpo.types import Condition
+
+Action = Callable[[str, Sequence[str]], int]
+"""What a command does with the path of a recipe and what is said on top of it; the exit status comes back."""
 
 
 class Parts(NamedTuple):
@@ -67,21 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("vggrpo", description="Reinforcement learning for flow models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action in COMMANDS.items():
-        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
-        command.add_argument("recipe", help="YAML, such as launch/recipes/mixture.yaml")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
-        command.set_defaults(action=action)
+        _add(commands, name, action, "launch/recipes/mixture.yaml")
+    bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
+    stages = bootstrap.add_subparsers(dest="stage", required=True)
+    for name, stage in STAGES.items():
+        _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
     args = parser.parse_args(argv)
     try:
-        status: int = args.action(load_recipe(args.recipe, args.overrides))
+        status: int = args.action(args.recipe, args.overrides)
     except ValueError as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
     return status
 
 
-def check_recipe(recipe: Recipe) -> int:
+def check_recipe(path: str, overrides: Sequence[str]) -> int:
     """One rollout and replay: is the ratio 1, does anything learn, what does it cost?"""
+    recipe = load_recipe(path, overrides)
     parts = build(recipe)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
@@ -91,8 +96,9 @@ def check_recipe(recipe: Recipe) -> int:
     return 1 if report.problems else 0
 
 
-def train_recipe(recipe: Recipe) -> int:
+def train_recipe(path: str, overrides: Sequence[str]) -> int:
     """Train, and print every iteration's numbers."""
+    recipe = load_recipe(path, overrides)
     _, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
     todo = itertools.islice(conditions, recipe.grpo.num_iterations)
     for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo):
@@ -101,9 +107,38 @@ def train_recipe(recipe: Recipe) -> int:
     return 0
 
 
+def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
+    """Train the tiny video VAE, or go on where it stopped; measure it on fresh clips; write it with its card."""
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.vae_publish import publish
+    from vggrpo.bootstrap.vae_recipe import VaeRecipe
+    from vggrpo.bootstrap.vae_run import start_run
+    from vggrpo.bootstrap.vae_train import load_footage, train_vae
+
+    recipe = read_recipe(VaeRecipe, path, overrides)
+    clips, progress = load_footage(recipe), Progress()
+    run = start_run(recipe, clips)
+    for numbers in train_vae(run, recipe, clips):
+        left = numbers["seconds"] / numbers["step"] * (recipe.num_steps - numbers["step"]) / 60
+        progress(
+            f"step {numbers['step']} of {recipe.num_steps}  loss {numbers['loss']:.4f}  lr {numbers['lr']:.1e}  "
+            f"PSNR {run.curve[-1]['psnr']:.2f}  {left:.0f} min left"
+        )
+    print(*publish(run, recipe, path, clips), sep="\n")
+    return 0
+
+
+def _add(commands: Any, name: str, action: Action, example: str) -> None:
+    command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+    command.add_argument("recipe", help=f"YAML, such as {example}")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
+    command.set_defaults(action=action)
+
+
 def _latents(z0: Tensor) -> Tensor:
     """The mixture's scene is its points."""
     return z0
 
 
-COMMANDS: dict[str, Callable[[Recipe], int]] = {"check": check_recipe, "train": train_recipe}
+COMMANDS: dict[str, Action] = {"check": check_recipe, "train": train_recipe}
+STAGES: dict[str, Action] = {"vae": bootstrap_vae}
