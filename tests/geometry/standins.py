@@ -130,6 +130,9 @@ def randomised(module, seed):
             p.data = 0.5 + torch.rand(p.shape, generator=generator)
         elif "norm" in name and name.endswith("weight"):
             p.data = 1 + 0.2 * noise
+        elif p.ndim == 4:  # patch embeddings, like trained ones, look at low frequencies: cells of 4 pixels
+            noise = torch.randn(*p.shape[:2], p.shape[2] // 4, p.shape[3] // 4, generator=generator)
+            p.data = F.interpolate(noise, p.shape[2:]) * (4 / p[0].numel()) ** 0.5
         elif p.ndim >= 2 and "token" not in name and "position" not in name:
             p.data = noise / p[0].numel() ** 0.5
         else:
