@@ -46,7 +46,7 @@ class DistilConfig:
 
 
 def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
-    """Adapters in the tail's blocks, which change nothing yet; only they, the connector and the prefix train from here.
+    """Adapters in the tail's blocks, which change nothing yet. The backbone's own parameters need no gradient after it.
 
     Raises:
         ValueError: the tail has adapters already, or nothing in it can have them.
@@ -54,7 +54,7 @@ def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     module, blocks = model.backbone.module, model.backbone.spec.after(model.point)
-    if any("lora_" in name for name, _ in module.named_parameters()):
+    if any("lora_" in name for name in trained(model)):
         raise ValueError("the backbone has LoRA adapters already; build the model around a fresh one")
     # Subclasses are left out: nn.MultiheadAttention reads its out_proj's weight and would never call an adapter.
     targets = [
@@ -66,8 +66,7 @@ def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
     if not targets:
         raise ValueError(f"there is nothing after {model.point} that can have LoRA; stitch earlier")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), module)
-    for name, p in module.named_parameters():
-        p.requires_grad_("lora_" in name)
+    model.lora = rank, alpha
 
 
 def trained(model: LatentGeometryModel) -> dict[str, nn.Parameter]:
@@ -95,10 +94,10 @@ def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: Distil
     Raises:
         ValueError: samples that run out, or do not fit the model.
     """
-    if not any("lora_" in name for name in trained(model)):
+    if model.lora is None:
         add_lora(model, config.rank, config.alpha)
-    model.eval()
-    parameters = list(trained(model).values())
+    model.eval().requires_grad_(False)
+    parameters = [p.requires_grad_() for p in trained(model).values()]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     steps = 0
     for steps, sample in enumerate(islice(samples, config.steps), start=1):

@@ -178,14 +178,15 @@ class LatentGeometryModel(nn.Module):
         """
         super().__init__()
         spec = backbone.spec
+        spec.upto(point)
         start = torch.zeros(spec.num_prefix, spec.dim) if prefix is None else prefix.detach().clone()
         if connector.dim != spec.dim or list(start.shape) != [spec.num_prefix, spec.dim]:
             raise ValueError(
                 f"{point} has {spec.num_prefix} prefix tokens of width {spec.dim}; connector or prefix differ"
             )
-        spec.upto(point)
         self.backbone, self.point, self.connector, self.recompute = backbone, point, connector, recompute
         self.prefix = nn.Parameter(start.to(connector.conv.weight))
+        self.lora: tuple[int, int] | None = None  # rank and alpha, once `distil.add_lora` has been here
 
     def forward(
         self, z: Float[Tensor, "*batch C L h w"], intrinsics: Float[Tensor, "*batch T 3 3"] | None = None
