@@ -59,7 +59,7 @@ class Correlation(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B T h w dim"]) -> Correspondence:
         """Flow in both directions; `T` = 1 has no pairs."""
-        B, T, h, w, _ = tokens.shape
+        B, T = tokens.shape[:2]
         features = F.pixel_shuffle(self.to_pixels(tokens).movedim(-1, 2).flatten(0, 1), self.patch)
         features = features.unflatten(0, (B, T))
         context = self.to_context(tokens).movedim(-1, 2)

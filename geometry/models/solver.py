@@ -33,9 +33,9 @@ def solve_motion(
 ) -> Float[Tensor, "*batch 4 4"]:
     """The rigid motion that brings the points of one camera's axes into those of another camera.
 
-    It minimises sum_n r_n' W_n r_n with r_n = target_n - project(M (source_n, 1) depth_n) by Gauss-Newton in the tangent
-    space of M; gradients flow to all four. With `robust` each step re-weights by the residuals before it (without
-    gradient).
+    It minimises sum_n r_n' W_n r_n with r_n = target_n - project(M (source_n, 1) depth_n) by Gauss-Newton in the
+    tangent space of M; gradients flow to all four. With `robust` each step re-weights by the residuals before it
+    (without gradient).
 
     Args:
         depth: z-depth of N points in the first camera.

@@ -65,12 +65,14 @@ def losses(found: Prediction, wanted: Truth, *, focal_given: bool) -> dict[str, 
         "coarse pose": 0.3 * pose_loss(found.coarse_relative, wanted.relative),
         "pose": pose_loss(found.relative, wanted.relative),
         "path": 2 * _distance(found.c2w, wanted.c2w),
-        "coarse depth": 0.5 * (F.avg_pool2d(heed, patch) * (found.coarse_log_depth - coarse).abs()).mean(),
-        "depth": (heed * error).mean(),
+        "coarse depth": 0.8 * (F.avg_pool2d(heed, patch) * (found.coarse_log_depth - coarse).abs()).mean(),
+        "depth": 1.5 * (heed * error).mean(),
         "edges": 0.5 * _slope(found.log_depth - wanted.log_depth, wanted.valid),
         "confidence": 0.05 * F.binary_cross_entropy_with_logits(found.confidence, close),
         "dynamic": 0.3
         * F.binary_cross_entropy_with_logits(found.dynamic, wanted.dynamic, pos_weight=error.new_tensor(2.0)),
+        "coarse dynamic": 0.2
+        * F.binary_cross_entropy_with_logits(found.coarse_dynamic, F.avg_pool2d(wanted.dynamic, patch)),
         "motion": 4 * ((found.motion - wanted.motion).abs().sum(-1) * wanted.dynamic).mean(),
     }
     if not focal_given:

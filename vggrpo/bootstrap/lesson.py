@@ -43,7 +43,8 @@ class Lesson:
 def lesson(clip: Clip, patch: int) -> Lesson:
     """The truth of a batch of clips for a network with one token per `patch` x `patch` pixels."""
     scene, shot = clip.geometry, clip.shot
-    assert scene.scene_flow is not None and scene.valid is not None, "clips of the world have both"
+    assert scene.scene_flow is not None, "clips of the world have it"
+    assert scene.valid is not None, "and this"
     moving = scene.scene_flow.norm(dim=-1) > 0
     between = torch.stack([_ahead(clip), _back(clip)], dim=2).flatten(0, 2)
     tokens = F.avg_pool2d(between.movedim(-1, 1), patch).movedim(1, -1)
