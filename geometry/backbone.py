@@ -11,6 +11,7 @@ added to what enters at k. It is exact (difference 0.0: `tests/geometry/test_bac
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -86,6 +87,10 @@ def rescaled(
     return intrinsics * scale[:, None]
 
 
+class _AllFound(Exception):
+    """Ends a pass: what comes after the last block that is asked for, which is most of the model, need not run."""
+
+
 class HookedBackbone(nn.Module):
     """A geometry model `(video) -> Geometry` that can also be read and entered at its stitch points.
 
@@ -132,10 +137,10 @@ class HookedBackbone(nn.Module):
         intrinsics: Float[Tensor, "*batch T 3 3"] | None = None,
         grid: Grid | None = None,
     ) -> dict[str, Tokens]:
-        """Outputs of the blocks at `points` in one pass; arguments as in `forward_rgb`.
+        """Outputs of the blocks at `points` in one pass, which ends there; arguments as in `forward_rgb`.
 
         Raises:
-            ValueError: a point that is not one, or whose block does not run once or returns another layout.
+            ValueError: a point that is not one, or whose block does not run or returns another layout.
         """
         images, intrinsics = self._images(video, intrinsics, grid)
         B, T, _, H, W = images.shape
@@ -144,10 +149,12 @@ class HookedBackbone(nn.Module):
 
         def keep(point: str, block: nn.Module, args: Any, output: Any) -> None:
             found[point] = self._tensor(point, output, (B, T, h * w))
+            if len(found) == len(points):
+                raise _AllFound
 
         for point in points:
             self.spec.upto(point)
-        with hooked(self.module, {point: partial(keep, point) for point in points}):
+        with suppress(_AllFound), hooked(self.module, {point: partial(keep, point) for point in points}):
             self._call(self.module, images, intrinsics)
         batch, P = (*video.shape[:-4], T), self.spec.num_prefix
         whole = {point: found[point].reshape(*batch, P + h * w, self.spec.dim) for point in points}

@@ -73,6 +73,7 @@ def test_skipped_blocks_do_no_work_and_recomputed_ones_do_it_twice():
     first, middle, last = backbone.module.blocks
     point, clip = "blocks.0", video(backbone)
     tokens = backbone.tokens_at([point], clip)[point]
+    assert (first.runs, middle.runs, last.runs) == (1, 0, 0), "reading ends where the last point is"
     tokens.patch.requires_grad_()
     for recompute, runs in ((False, 1), (True, 2)):
         first.runs = middle.runs = last.runs = 0
