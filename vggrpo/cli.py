@@ -118,10 +118,10 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
     recipe = read_recipe(VaeRecipe, path, overrides)
     clips, progress = load_footage(recipe), Progress()
     run = start_run(recipe, clips)
-    for numbers in train_vae(run, recipe, clips):
-        left = numbers["seconds"] / numbers["step"] * (recipe.num_steps - numbers["step"]) / 60
+    for step in train_vae(run, recipe, clips):
+        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
         progress(
-            f"step {numbers['step']} of {recipe.num_steps}  loss {numbers['loss']:.4f}  lr {numbers['lr']:.1e}  "
+            f"step {run.step} of {recipe.num_steps}  loss {step.loss:.4f}  lr {step.lr:.1e}  "
             f"PSNR {run.curve[-1]['psnr']:.2f}  {left:.0f} min left"
         )
     print(*publish(run, recipe, path, clips), sep="\n")

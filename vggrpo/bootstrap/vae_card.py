@@ -30,6 +30,8 @@ def card_text(card: dict[str, Any]) -> str:
     recipe, found = card["recipe"], card["held_out"]
     verdict = "clears" if found["psnr"] >= BAR else "misses"
     millions, num_clips = card["parameters"] / 1e6, recipe["num_clips"]
+    plans = [f"{num_steps} steps from step {first} on" for first, num_steps in card["plans"]]
+    replanned = f" The plan changed on the way: {', then '.join(plans)}." if len(plans) > 1 else ""
     curve = "\n".join(f"| {p['step']} | {p['seconds'] / 60:.1f} | {p['psnr']:.2f} |" for p in card["curve"])
     return f"""# The embedded video VAE
 
@@ -60,7 +62,7 @@ describes 768 numbers with 16.
     {card["command"]}
 
 {num_clips} clips (seeds 0 to {num_clips - 1}: half with moving bodies, half hand-held), {card["steps"]} steps,
-{card["hours"]:.2f} hours on the clock, {card["hardware"]}.
+{card["hours"]:.2f} hours on the clock, {card["hardware"]}.{replanned}
 It starts at the linear code that `vggrpo/bootstrap/vae_init.py` computes in closed form (the curve's first point).
 The running average of the weights is shipped, in fp16. The curve, on 16 clips of yet other seeds:
 

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from geometry.world import MOTIONS
 from vggrpo.bootstrap.footage import kind_of, render_footage
+from vggrpo.bootstrap.linear import block_components, through_components
 from vggrpo.bootstrap.vae import decode, encode
-from vggrpo.bootstrap.vae_init import principal
 
 FIRST_SEED = 10_000_000
 """Held-out clips: 1,000 seeds from here on belong to the first camera family, the next 1,000 to the second, ..."""
-COMPONENTS = 16
-"""Of the linear control: as many as the VAE has channels."""
 
 
 def psnr(video: Float[Tensor, "*batch T 3 H W"], seen: Float[Tensor, "*batch T 3 H W"]) -> Float[Tensor, "*batch"]:
@@ -45,10 +43,15 @@ def evaluate_vae(
     Args:
         vae: in eval mode.
         footage: training clips, which the linear control is fitted to.
-        per_family: a multiple of 8 has moving bodies and shake in the training's proportions.
+        per_family: a multiple of 8: moving bodies and shake in the training's proportions.
         first_seed: family k takes the seeds from here plus 1,000 k.
         latent_noise: standard deviation for the row "noisy latents", in the latents' own unit.
+
+    Raises:
+        ValueError: `per_family` is not a multiple of 8.
     """
+    if per_family < 8 or per_family % 8:
+        raise ValueError(f"per_family must be a multiple of 8, so that every kind of clip is in it, got {per_family}")
     names, kinds, rows = [], [], []
     mean, axes = block_components(footage)
     colour = footage.float().mean((0, 1, 3, 4))[:, None, None] / 255
@@ -62,7 +65,7 @@ def evaluate_vae(
             seen, blurred, other = (
                 torch.cat([decode(vae, some) for some in latents.split(4)]) for latents in (z, noisy, z.roll(1, 0))
             )
-            linear = _through_blocks(video, mean, axes)
+            linear = through_components(video, mean, axes)
             later = video[:, 1:]
             columns = [psnr(video, seen), psnr(later, seen[:, 1:]), psnr(later, linear), psnr(video, blurred)]
             columns += [psnr(video, other), psnr(video, colour.expand_as(video))]
@@ -90,30 +93,3 @@ def evaluate_vae(
         "noisy_latents": mean_of(3),
         "controls": {"linear_after_first_frame": mean_of(2), "shuffled_latents": mean_of(4), "constant": mean_of(5)},
     }
-
-
-def block_components(
-    footage: UInt8[Tensor, "N T 3 H W"],
-) -> tuple[Float[Tensor, " pixels"], Float[Tensor, "components pixels"]]:
-    """Mean and principal components of blocks of 4 frames x 8 x 8 pixels, on at most 512 clips."""
-    step = max(1, len(footage) // 512)
-    blocks = _blocks(footage[::step, 1:].float() / 255).flatten(0, -2)
-    blocks = blocks[:: max(1, len(blocks) // 100_000)]
-    mean = blocks.mean(0)
-    return mean, principal(blocks - mean, COMPONENTS)[0]
-
-
-def _through_blocks(video: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
-    """All frames but the first, as the linear code keeps them."""
-    B, T, C, H, W = video.shape
-    blocks = _blocks(video[:, 1:])
-    seen = (blocks - mean) @ axes.T @ axes + mean
-    seen = seen.view(B, (T - 1) // 4, H // 8, W // 8, 4, C, 8, 8).permute(0, 1, 4, 5, 2, 6, 3, 7)
-    return seen.reshape(B, T - 1, C, H, W)
-
-
-def _blocks(video: Tensor) -> Tensor:
-    """[B T C H W] -> [B T/4 H/8 W/8 pixels of a block]."""
-    B, T, C, H, W = video.shape
-    cut = video.reshape(B, T // 4, 4, C, H // 8, 8, W // 8, 8)
-    return cut.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)

@@ -22,14 +22,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vggrpo.bootstrap.linear import least_squares, principal
+
 Conv = Any
 """nn.Conv2d or nn.Conv3d; with a bias, which their type does not promise."""
 CONSTANT = 3.0
 """Length of the constant channel over that of all features together."""
 MEANS = 0.6
 """Of a stage's channels, the share that describes the mean of two frames; the rest describes their difference."""
-ROWS = 60_000
-"""Positions that a least-squares fit is given; more change nothing."""
 
 
 @torch.no_grad()
@@ -53,29 +53,6 @@ def linear_start(vae: AutoencoderKLWan, video: Float[Tensor, "B 3 T H W"], laten
     frames, merged = _start_encoder(vae, video, latent_noise)
     z = vae.encode(video).latent_dist.mode()
     _start_decoder(vae, z, frames, merged)
-
-
-def principal(
-    x: Float[Tensor, "*rows C"], count: int
-) -> tuple[Float[Tensor, "components C"], Float[Tensor, " components"]]:
-    """The first principal directions about zero (the mean is a component like any other) and their mean squares."""
-    rows = x.reshape(-1, x.shape[-1]).double()
-    size, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
-    return axes.flip(1)[:, :count].T.to(x.dtype), size.flip(0)[:count].clamp(min=1e-9).to(x.dtype)
-
-
-def least_squares(
-    x: Float[Tensor, "*rows C"], y: Float[Tensor, "*rows D"], ridge: float = 1e-4
-) -> tuple[Float[Tensor, "D C"], Float[Tensor, " D"]]:
-    """Weight and intercept of the ridge regression of y on x, on at most `ROWS` evenly spaced rows."""
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    step = max(1, len(x) // ROWS)
-    x, y = x[::step].double(), y[::step].double()
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    gram = x.T @ x / len(x)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weight = torch.linalg.solve(gram, x.T @ y / len(x)).T.float()
-    return weight[:, :-1].contiguous(), weight[:, -1].contiguous()
 
 
 def _start_encoder(vae: AutoencoderKLWan, video: Tensor, latent_noise: float) -> tuple[list[Tensor], list[Tensor]]:

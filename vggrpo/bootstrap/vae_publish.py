@@ -21,7 +21,7 @@ from vggrpo.bootstrap.vae_eval import FIRST_SEED, evaluate_vae, reconstruct
 from vggrpo.bootstrap.vae_recipe import VaeRecipe
 from vggrpo.bootstrap.vae_run import VaeRun
 
-PER_FAMILY = 16
+PER_FAMILY = 8
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICTURE = "reconstructions.png"
 
@@ -39,6 +39,7 @@ def publish(run: VaeRun, recipe: VaeRecipe, path: str, clips: UInt8[Tensor, "N T
         "recipe": asdict(recipe),
         "seeds": {"training": [0, recipe.num_clips - 1], "held out": f"{PER_FAMILY} a family from {FIRST_SEED}"},
         "steps": run.step,
+        "plans": run.plans,
         "hours": round(run.seconds / 3600, 3),
         "hardware": hardware(recipe.device),
         "parameters": sum(weight.numel() for weight in vae.parameters()),

@@ -28,6 +28,8 @@ class VaeRun:
     """Of training on the clock, over all resumptions, without the evaluations."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """Step, seconds and held-out PSNR (dB) of the average at each checkpoint."""
+    plans: list[list[int]] = field(default_factory=list)
+    """[first step, num_steps] of every plan that was followed: more than one if the run was made longer or shorter."""
 
 
 def start_run(recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]) -> VaeRun:
@@ -46,6 +48,8 @@ def start_run(recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]) -> VaeRun:
     run = VaeRun(vae, copy.deepcopy(vae).requires_grad_(False), optimizer)
     if path.exists():
         _load(run, recipe, path)
+    if not run.plans or run.plans[-1][1] != recipe.num_steps:
+        run.plans.append([run.step, recipe.num_steps])
     return run
 
 
@@ -58,7 +62,8 @@ def save_run(run: VaeRun, recipe: VaeRecipe) -> None:
         if weight in moments:
             tensors[f"first.{name}"] = moments[weight]["exp_avg"]
             tensors[f"second.{name}"] = moments[weight]["exp_avg_sq"]
-    notes = {"step": run.step, "seconds": run.seconds, "curve": run.curve, "recipe": asdict(recipe)}
+    progress = {"step": run.step, "seconds": run.seconds, "curve": run.curve, "plans": run.plans}
+    notes = progress | {"recipe": asdict(recipe)}
     save_tensors(checkpoint_of(recipe), tensors, notes)
 
 
@@ -76,7 +81,7 @@ def _load(run: VaeRun, recipe: VaeRecipe, path: Path) -> None:
                 f"{path} was made with {known.name} {was!r} and the recipe says {wanted!r}: "
                 "restore it, or set another `out` to start anew"
             )
-    run.step, run.seconds, run.curve = notes["step"], notes["seconds"], notes["curve"]
+    run.step, run.seconds, run.curve, run.plans = (notes[name] for name in ("step", "seconds", "curve", "plans"))
     moments: dict[Any, Any] = run.optimizer.state
     with torch.no_grad():
         for (name, weight), mean in zip(run.vae.named_parameters(), run.average.parameters(), strict=True):

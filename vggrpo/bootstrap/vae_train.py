@@ -31,27 +31,34 @@ class Crop(NamedTuple):
     side: int
 
 
+class Step(NamedTuple):
+    """What one step was like."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
 def load_footage(recipe: VaeRecipe) -> UInt8[Tensor, "N 17 3 64 64"]:
     """The recipe's training clips, rendered the first time."""
     return cached_footage(Path(recipe.out) / "footage.safetensors", range(recipe.num_clips))
 
 
-def train_vae(run: VaeRun, recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]) -> Iterator[dict[str, float]]:
+def train_vae(run: VaeRun, recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]) -> Iterator[Step]:
     """Train to the recipe's last step, yielding every step's numbers; checkpoints on the way and at the end."""
     validation = torch.cat(list(render_footage(VALIDATION))).to(recipe.device)
     clips = clips.to(recipe.device)
     while run.step < recipe.num_steps:
         if run.step % recipe.checkpoint_every == 0:
             _note_and_save(run, recipe, validation)
-        begin = time.perf_counter()
-        numbers = train_step(run, recipe, clips)
-        run.seconds += time.perf_counter() - begin
-        yield numbers | {"seconds": run.seconds}
+        yield train_step(run, recipe, clips)
     _note_and_save(run, recipe, validation)
 
 
-def train_step(run: VaeRun, recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]) -> dict[str, float]:
+def train_step(run: VaeRun, recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]) -> Step:
     """One step of AdamW on one batch of crops, and one of the average."""
+    begin = time.perf_counter()
     rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + run.step)
     share = run.step / recipe.num_steps
     video = draw_batch(clips, draw_crop(share, recipe.full_from, rng), rng)
@@ -74,7 +81,8 @@ def train_step(run: VaeRun, recipe: VaeRecipe, clips: UInt8[Tensor, "N T 3 H W"]
     with torch.no_grad():
         for mean, weight in zip(run.average.parameters(), run.vae.parameters(), strict=True):
             mean.lerp_(weight, 1 - decay)
-    return {"step": run.step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+    run.seconds += time.perf_counter() - begin
+    return Step(run.step, loss.item(), norm.item(), lr)
 
 
 def draw_crop(share: float, full_from: float, rng: torch.Generator) -> Crop:
