@@ -128,6 +128,26 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def bootstrap_geometry(path: str, overrides: Sequence[str]) -> int:
+    """Train the tiny geometry model, or go on where it stopped; measure it on fresh clips; write it with its card."""
+    from vggrpo.bootstrap.geometry_publish import publish
+    from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
+    from vggrpo.bootstrap.geometry_run import start_run
+    from vggrpo.bootstrap.geometry_train import load_lessons, train_geometry
+    from vggrpo.bootstrap.progress import Progress
+
+    recipe, progress = read_recipe(GeometryRecipe, path, overrides), Progress()
+    lessons, run = load_lessons(recipe), start_run(recipe)
+    for numbers in train_geometry(run, recipe, lessons):
+        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
+        progress(
+            f"step {run.step} of {recipe.num_steps}  pose {numbers['pose']:.3f}  depth {numbers['depth']:.3f}  "
+            f"rotation {run.curve[-1]['rotation']:.2f}  {left:.0f} min left"
+        )
+    print(*publish(run, recipe, path), sep="\n")
+    return 0
+
+
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
     command.add_argument("recipe", help=f"YAML, such as {example}")
@@ -141,4 +161,4 @@ def _latents(z0: Tensor) -> Tensor:
 
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "train": train_recipe}
-STAGES: dict[str, Action] = {"vae": bootstrap_vae}
+STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "vae": bootstrap_vae}
