@@ -128,6 +128,22 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def bootstrap_text(path: str, overrides: Sequence[str]) -> int:
+    """Build the tokenizer, train the text encoder, or go on where it stopped; write both with their card."""
+    from vggrpo.bootstrap.captions import draw_captions
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.text_publish import publish_text
+    from vggrpo.bootstrap.text_train import TextRecipe, start_text, train_text
+
+    recipe = read_recipe(TextRecipe, path, overrides)
+    captions, progress = draw_captions(range(recipe.num_captions)), Progress()
+    stage, training = start_text(recipe, captions)
+    for loss in train_text(stage, training, recipe, captions):
+        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.3f}")
+    print(*publish_text(stage, training, recipe, path, captions), sep="\n")
+    return 0
+
+
 def bootstrap_geometry(path: str, overrides: Sequence[str]) -> int:
     """Train the tiny geometry model, or go on where it stopped; measure it on fresh clips; write it with its card."""
     from vggrpo.bootstrap.geometry_publish import publish
@@ -161,4 +177,4 @@ def _latents(z0: Tensor) -> Tensor:
 
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "train": train_recipe}
-STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "vae": bootstrap_vae}
+STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}
