@@ -128,6 +128,26 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def sft_recipe(path: str, overrides: Sequence[str]) -> int:
+    """Finetune a video model on clips, or go on where it stopped: flow matching on cached latents."""
+    from pathlib import Path
+
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.data import encode_clips
+    from vggrpo.policy.wan import load_encoders
+    from vggrpo.sft import save_result, start_sft, train_sft
+    from vggrpo.sft_config import SftRecipe
+
+    recipe, progress = read_recipe(SftRecipe, path, overrides), Progress()
+    encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
+    data, held_out = (encode_clips(clips, encoders, progress) for clips in (recipe.data, recipe.held_out))
+    training = start_sft(recipe, data)
+    for loss in train_sft(training, recipe, data, held_out):
+        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.4f}")
+    print(f"wrote {save_result(training, recipe)}", *training.curve, sep="\n")
+    return 0
+
+
 def bootstrap_text(path: str, overrides: Sequence[str]) -> int:
     """Build the tokenizer, train the text encoder, or go on where it stopped; write both with their card."""
     from vggrpo.bootstrap.captions import draw_captions
@@ -176,5 +196,5 @@ def _latents(z0: Tensor) -> Tensor:
     return z0
 
 
-COMMANDS: dict[str, Action] = {"check": check_recipe, "train": train_recipe}
+COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "train": train_recipe}
 STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}

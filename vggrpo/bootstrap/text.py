@@ -1,7 +1,7 @@
 """The tiny text stage: a tokenizer for the world's captions and a UMT5 encoder, and how prompts go through them.
 
-The vocabulary is counted, not trained (the library's trainer gives another one at every call): every word of the
-captions is one token, and other words fall apart into characters.
+The vocabulary is counted, not trained, for the library's trainer gives now one and now another from the same captions:
+every word of the captions is one token, and other words fall apart into characters.
 """
 
 import math
