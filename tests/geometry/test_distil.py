@@ -133,6 +133,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(vae, cali
     assert not all(torch.equal(p, before[name]) for name, p in trained(model).items())
 
 
+def test_the_gradient_is_clipped_and_its_norm_before_that_is_recorded(vae, calibration):
+    (model,) = stitched(omegalike(), vae, calibration, mode="latent", split=2).values()
+    config = DistilConfig(steps=2, warmup=0, rank=4, clip=1e-3)
+    record = next(distil(model, calibration, config))
+    norm = torch.stack([p.grad.norm() for p in trained(model).values() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+    assert record["gradient"] > 0.1
+
+
 def test_the_learning_rate_warms_up_and_ends_near_zero():
     config = DistilConfig(steps=100, warmup=10)
     rates = [learning_rate(step, config) for step in range(100)]
@@ -216,7 +225,8 @@ def test_pixels_that_the_teacher_does_not_know_or_trust_count_nothing():
     teacher = changed(truth, valid=some)
     depth = torch.where(some, truth.depth, torch.full_like(truth.depth, torch.nan)).requires_grad_()
     points = torch.where(some[..., None], truth.points, torch.full_like(truth.points, 1e9))
-    found = output_distances(changed(truth, depth=depth, points=points), teacher)
+    beyond = torch.where(some[..., None], truth.points, torch.full_like(truth.points, torch.inf))
+    found = output_distances(changed(truth, depth=depth, points=beyond), teacher)
     assert found["log_depth"] == 0.0
     assert found["points"] == 0.0
     found["log_depth"].backward()
