@@ -141,6 +141,7 @@ def sft_recipe(path: str, overrides: Sequence[str]) -> int:
     recipe, progress = read_recipe(SftRecipe, path, overrides), Progress()
     encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
     data, held_out = (encode_clips(clips, encoders, progress) for clips in (recipe.data, recipe.held_out))
+    del encoders  # the training needs their memory, not them
     training = start_sft(recipe, data)
     for loss in train_sft(training, recipe, data, held_out):
         progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.4f}")

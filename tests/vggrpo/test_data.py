@@ -1,5 +1,7 @@
 """Prompts and videos are read strictly; the cache gives back what the encoders gave, and only to the same question."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import av
@@ -50,6 +52,11 @@ class Counting:
 
     def text(self, prompts):
         return torch.tensor([[[float(len(prompt))]] for prompt in prompts])
+
+
+def test_prompts_and_the_worlds_clips_need_no_video_library():
+    code = "import sys, vggrpo.data; sys.exit('av' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_prompts_are_lines(tmp_path):
