@@ -15,7 +15,7 @@ class OutputWeights:
     """What each output's distance counts for in a sum."""
 
     translation: float = 5.0
-    """Per median depth of the teacher. Poses count five times, as in VIST3A (arXiv 2510.13454)."""
+    """Per median depth of the teacher. Poses count five times, as in VIST3A (its paper, with VGGT)."""
     rotation: float = 5.0
     """Per radian."""
     focal: float = 1.0

@@ -19,7 +19,7 @@ from geometry.stitch import Sample, student, teach
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """How a stitched model is trained (defaults: VIST3A, arXiv 2510.13454, and VGGRPO, arXiv 2603.26599)."""
+    """How a stitched model is trained (defaults: VIST3A and VGGRPO, arXiv 2603.26599)."""
 
     steps: int = 1000
     """Batches."""
