@@ -4,8 +4,9 @@
     layers = rank_layers(models, held_out)                # best first
     for record in distil(layers[0].model, clips, config): # geometry/distil.py
 
-Unlike VIST3A (github.com/gohyojun15/VIST3A) the fit sees the padding that the convolution will see, has an intercept, enters the
-block after position embeddings were added, gives class and register tokens their mean, and is judged on other clips.
+Unlike VIST3A (github.com/gohyojun15/VIST3A) the fit sees the padding that the convolution will see, has an intercept,
+enters the block after position embeddings were added, gives class and register tokens their mean, and is judged on
+other clips.
 """
 
 import copy
