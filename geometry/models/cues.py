@@ -8,7 +8,7 @@ from geometry.cameras import inverse, pixel_grid
 from geometry.models.correlation import Correspondence
 from geometry.models.solver import NEAR, triangulate
 
-MOTION_CUES = 7
+MOTION_CUES = 9
 SOLVED_CUES = 12
 
 
@@ -24,12 +24,18 @@ def rays(pair: Correspondence, intrinsics: Tensor, patch: int) -> tuple[Tensor, 
     return here.flatten(2, 3), there.flatten(3, 4), focal[:, :-1, 0]
 
 
-def motion_cues(pair: Correspondence) -> Float[Tensor, "B T 7 h w"]:
-    """Flow to the next and the previous frame and its expected error, zero at the ends; and one constant."""
+def motion_cues(pair: Correspondence) -> Float[Tensor, "B T 9 h w"]:
+    """Flow to the next and the previous frame and its expected error, zero at the ends; 1; and the place in the image.
+
+    The place is worth a channel of its own: in a world with a floor it says more of depth than all else at first.
+    """
     flow = torch.cat([pair.flow.movedim(-1, 3) / 4, pair.spread[:, :, :, None]], dim=3).detach()
     nothing = flow.new_zeros(len(flow), 1, *flow.shape[3:])  # not a slice: a clip of one frame has no pairs
     ahead, back = torch.cat([flow[:, :, 0], nothing], 1), torch.cat([nothing, flow[:, :, 1]], 1)
-    return torch.cat([ahead, back, torch.ones_like(ahead[:, :, :1])], dim=2)
+    h, w = flow.shape[4:]
+    place = 2 * pixel_grid(h, w, flow).movedim(-1, 0) / flow.new_tensor([w, h])[:, None, None] - 1
+    place = place.expand(*ahead.shape[:2], 2, h, w)
+    return torch.cat([ahead, back, torch.ones_like(ahead[:, :, :1]), place], dim=2)
 
 
 def solved_cues(

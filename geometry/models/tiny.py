@@ -12,7 +12,6 @@ units of about the clip's median depth; intrinsics may be given, else a focal le
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,7 @@ from geometry.models.cues import (
 )
 from geometry.models.dense import DenseHead
 from geometry.models.grid import even, whole_grid
+from geometry.models.prediction import Prediction
 from geometry.models.solver import chain, solve_relative
 from geometry.types import Geometry
 
@@ -69,28 +69,6 @@ class TinyConfig:
 
 NUM_PREFIX = 5
 """Class token and registers of the encoder."""
-
-
-class Prediction(NamedTuple):
-    """Everything that the losses ask for. h, w: tokens; poses are camera i+1 in camera i."""
-
-    correspondence: Correspondence
-    coarse_log_depth: Float[Tensor, "B T h w"]
-    coarse_dynamic: Float[Tensor, "B T h w"]
-    """Logit."""
-    coarse_relative: Float[Tensor, "B pairs 4 4"]
-    relative: Float[Tensor, "B pairs 4 4"]
-    c2w: Float[Tensor, "B T 4 4"]
-    intrinsics: Float[Tensor, "B T 3 3"]
-    log_focal: Float[Tensor, " B"]
-    """Estimated: log of focal / width, also where intrinsics were given."""
-    log_depth: Float[Tensor, "B T H W"]
-    confidence: Float[Tensor, "B T H W"]
-    """Logit that the depth is within a factor 1.1."""
-    dynamic: Float[Tensor, "B T H W"]
-    """Logit that the point moves by itself."""
-    motion: Float[Tensor, "B T H W 3"]
-    """To the next frame, in the axes of the frame's own camera, if it does."""
 
 
 class TinyGeometry(nn.Module):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geometry.cameras import inverse, relative, so3_log
-from geometry.models.tiny import Prediction
+from geometry.models.prediction import Prediction
 from vggrpo.bootstrap.lesson import Lesson
 
 FAR = 15.0

@@ -49,6 +49,7 @@ def publish(run: GeometryRun, recipe: GeometryRecipe, path: str) -> list[str]:
             "held out": [HELD_OUT, HELD_OUT + PER_KIND * len(MOTIONS) - 1],
         },
         "steps": run.step,
+        "plans": run.plans,
         "hours": round(run.seconds / 3600, 3),
         "hardware": hardware(recipe.device),
         "parameters": sum(weight.numel() for weight in run.average.parameters()),
@@ -125,6 +126,7 @@ def card_text(card: dict[str, Any]) -> str:
         + ", ".join(f"`{name}` ({digest[:12]}...)" for name, digest in card["sha256"].items())
         + ".",
         "",
+        *_replanned(card["plans"]),
         f"## Held out: {PER_KIND} clips of each camera motion, seeds {card['seeds']['held out']}",
         "",
         *rows,
@@ -141,3 +143,11 @@ def card_text(card: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _replanned(plans: list[list[int]]) -> list[str]:
+    """A run whose length was changed on the way is not quite the one that its recipe gives from nothing."""
+    if len(plans) == 1:
+        return []
+    told = ", ".join(f"{steps} from step {step} on" for step, steps in plans[1:])
+    return [f"The number of steps, which schedules go by, was planned as {plans[0][1]} and then changed: {told}.", ""]

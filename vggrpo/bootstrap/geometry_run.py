@@ -25,6 +25,8 @@ class GeometryRun:
     """Of training on the clock, over all resumptions, without rendering and evaluations."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """Held-out numbers of the average at each checkpoint."""
+    plans: list[list[int]] = field(default_factory=list)
+    """[step, num_steps] of the start and of every resumption that changed `num_steps`, and with it all schedules."""
 
 
 def start_run(recipe: GeometryRecipe) -> GeometryRun:
@@ -42,6 +44,8 @@ def start_run(recipe: GeometryRecipe) -> GeometryRun:
     path = checkpoint_of(recipe)
     if path.exists():
         _load(run, recipe, path)
+    if not run.plans or run.plans[-1][1] != recipe.num_steps:
+        run.plans.append([run.step, recipe.num_steps])
     return run
 
 
@@ -55,7 +59,7 @@ def save_run(run: GeometryRun, recipe: GeometryRecipe) -> None:
             tensors[f"first.{name}"] = moments[weight]["exp_avg"]
             tensors[f"second.{name}"] = moments[weight]["exp_avg_sq"]
             tensors[f"count.{name}"] = moments[weight]["step"]
-    notes = {"step": run.step, "seconds": run.seconds, "curve": run.curve, "recipe": asdict(recipe)}
+    notes = {"step": run.step, "seconds": run.seconds, "curve": run.curve, "plans": run.plans, "recipe": asdict(recipe)}
     save_tensors(checkpoint_of(recipe), {name: x.contiguous() for name, x in tensors.items()}, notes)
 
 
@@ -75,6 +79,7 @@ def _load(run: GeometryRun, recipe: GeometryRecipe, path: Path) -> None:
                 "restore it, or set another `out` to start anew"
             )
     run.step, run.seconds, run.curve = notes["step"], notes["seconds"], notes["curve"]
+    run.plans = notes["plans"]
     moments: dict[Any, Any] = run.optimizer.state
     with torch.no_grad():
         for (name, weight), mean in zip(run.network.named_parameters(), run.average.parameters(), strict=True):

@@ -100,14 +100,16 @@ def train_step(run: GeometryRun, recipe: GeometryRecipe, lessons: Lesson) -> dic
 
 
 def draw_batch(lessons: Lesson, batch: Batch, rng: torch.Generator) -> tuple[Float[Tensor, "B T 3 H W"], Lesson]:
-    """Random windows, mirrored left-right and up-down by halves, in other colours and light, with a little noise."""
+    """Random windows, half of them mirrored, in other colours and light, with a little noise.
+
+    Never upside down: the floor is below, and a mean depth for each pixel alone has an AbsRel of 0.30 against 0.39.
+    """
     T = lessons.video.shape[1]
     start = int(torch.randint(T - batch.frames + 1, (), generator=rng))
     index = torch.randint(len(lessons), (batch.clips,), generator=rng).to(lessons.video.device)
     window = lessons.map(lambda x: x[index, start : start + batch.frames]).window(0, batch.frames)
-    for axis in (0, 1):
-        if float(torch.rand((), generator=rng)) < 0.5:
-            window = mirrored(window, axis)
+    if float(torch.rand((), generator=rng)) < 0.5:
+        window = mirrored(window, axis=0)
     video = window.video.float()[:, :, torch.randperm(3, generator=rng)] / 255
     gain = 0.75 + 0.45 * torch.rand(batch.clips, 1, 3, 1, 1, generator=rng)
     noise = 0.02 * torch.rand((), generator=rng) * torch.randn(video.shape, generator=rng)

@@ -120,6 +120,8 @@ def test_a_resumed_run_is_the_same_run(lessons, tmp_path):
         assert torch.equal(a, b)
     for a, b in zip(straight.average.parameters(), resumed.average.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert resumed.plans == [[0, 4]]
+    assert start_run(replace(recipe, num_steps=9)).plans == [[0, 4], [2, 9]]
     with pytest.raises(ValueError, match=r"made with lr 0\.0015 and the recipe says 0\.5"):
         start_run(replace(recipe, lr=0.5))
 
