@@ -94,8 +94,8 @@ Share of {num_held_out} held-out captions that a linear map of the **mean** toke
 {chr(10).join(table(card["held_out"]))}
 
 A video model attends to single tokens, where a camera verb or a pace is a word of its own; the mean is the harder
-question: "left" and "clockwise" are said of cameras and of bodies. An encoder that was never trained answers it about
-as well.
+question: "left" and "clockwise" are said of cameras and of bodies, and bodies must be counted. The untrained encoder
+has the same size and the same tokenizer; what the training adds to it is the difference of the first two columns.
 
 ## How it was made
 

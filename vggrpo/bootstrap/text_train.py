@@ -40,7 +40,7 @@ class TextRecipe:
     """Channels of an embedding."""
     layers: int = 2
     """Of the encoder."""
-    num_steps: int = 1200
+    num_steps: int = 2000
     """Optimiser steps; 0 leaves the encoder random."""
     batch: int = 32
     """Captions in a step."""

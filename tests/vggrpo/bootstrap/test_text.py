@@ -148,4 +148,4 @@ def test_the_shipped_encoder_is_better_than_an_untrained_one_again_on_fresh_seed
     found, random_one = probe(shipped, training, held_out), probe(untrained, training, held_out)
     for fact, share in found.items():  # 512 captions: a standard error of at most 2.2 points
         assert abs(share - card["held_out"]["trained"][fact]) < 0.07, fact
-    assert sum(found.values()) > sum(random_one.values()) - 0.2
+    assert sum(found.values()) > sum(random_one.values()) + 0.05
