@@ -1,4 +1,4 @@
-"""All that decides an ordinary finetuning, read from `launch/recipes/sft.yaml`."""
+"""All that decides an ordinary finetuning, read from `launch/recipes/sft/lora.yaml`."""
 
 from dataclasses import dataclass, field
 

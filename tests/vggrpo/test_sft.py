@@ -1,6 +1,7 @@
 """The finetuner learns what it is shown, in diffusers' own convention of time, and resumes to the bit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +265,12 @@ def test_the_command_goes_from_a_folder_of_a_model_to_a_finetuned_one(folder, tm
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").is_file()
     assert main(["sft", str(path), f"model={tmp_path / 'nowhere'}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_shipped_recipe_loads_and_says_how_to_run_it():
+    path = Path(__file__).parents[2] / "launch/recipes/sft/lora.yaml"
+    assert read_recipe(SftRecipe, path).lora == LoraSize(rank=32, alpha=64)
+    assert "vggrpo sft launch/recipes/sft/lora.yaml" in path.read_text()
 
 
 @pytest.mark.parametrize(
