@@ -76,8 +76,9 @@ def report(network: TinyGeometry, lessons: Lesson, motions: Sequence[str]) -> di
     """
     scene = predict(network, lessons)
     moving = lessons.dynamic.flatten(1).any(1)
-    groups: dict[str, Tensor] = {"all": torch.ones_like(moving), "static": ~moving, "dynamic": moving}
-    groups |= {name: torch.tensor([m == name for m in motions], device=moving.device) for name in sorted(set(motions))}
+    groups: dict[str, Tensor] = {"all": torch.ones_like(moving), "bodies stand": ~moving, "bodies move": moving}
+    for name in sorted(set(motions)):
+        groups[f"camera: {name}"] = torch.tensor([m == name for m in motions], device=moving.device)
     result = {name: _part(scene, lessons, mask) for name, mask in groups.items()}
     result["all, focal length unknown"] = measure(predict(network, lessons, with_focal=False), lessons)
     result["control: constant"] = measure(constant(lessons), lessons)
