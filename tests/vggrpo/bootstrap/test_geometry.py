@@ -126,9 +126,9 @@ def test_a_resumed_run_is_the_same_run(lessons, tmp_path):
         start_run(replace(recipe, lr=0.5))
 
 
-def test_a_batch_can_be_learnt_by_heart(lessons):
+def test_a_batch_can_be_learnt_by_heart(lessons, tmp_path):
     """Step 0 over and over: the same windows, colours and noise."""
-    recipe = replace(RECIPE, lr=5e-4)
+    recipe = replace(RECIPE, lr=5e-4, out=str(tmp_path))
     run, history = start_run(recipe), []
     for _ in range(15):
         run.step = 0
@@ -145,8 +145,8 @@ def test_batches_are_drawn_from_their_generator_alone(lessons):
     assert relative(first[1].c2w).shape == (2, 3, 4, 4)
 
 
-def test_the_report_tells_kinds_apart(lessons):
-    run = start_run(RECIPE)
+def test_the_report_tells_kinds_apart(lessons, tmp_path):
+    run = start_run(replace(RECIPE, out=str(tmp_path)))
     found = report(run.average, lessons.map(lambda x: x[6:9]), ["pan", "orbit", "static"])
     assert {
         "all",

@@ -22,7 +22,7 @@ SMALL = TinyConfig(encoder_layers=1, dim=48, pairs=(1, 1))
 @pytest.fixture(scope="module")
 def asset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("asset")
-    recipe = GeometryRecipe(asset=str(folder), model=SMALL, batches=[Batch(1.0, 1, 3)])
+    recipe = GeometryRecipe(out=str(folder / "run"), asset=str(folder), model=SMALL, batches=[Batch(1.0, 1, 3)])
     few = lessons_of(range(500, 508), 4).map(lambda x: x[:, :3])
     patch = pytest.MonkeyPatch()
     patch.setattr(geometry_publish, "held_out", lambda patch, device: (few, ["pan", "orbit"] * 4))
