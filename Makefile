@@ -1,14 +1,18 @@
 # make test   new machine -> .venv -> lint, types, tests        make demo   render and score a few clips
 # make lint   ruff + mypy                                       make bench  the hot paths, timed
+# make test-slow   the shipped models' numbers, measured again
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint format demo bench clean
+.PHONY: test test-slow lint format demo bench clean
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,10 +22,14 @@ HEAVY = (
 )
 RULES = {
     "geometry": ("rewards", "vggrpo"),
-    "rewards": ("vggrpo", "geometry.world", "geometry.export", "geometry.models", "geometry.latent", "geometry.stitch"),
+    "rewards": (
+        "vggrpo",
+        *(f"geometry.{name}" for name in ("world", "export", "models", "backbone", "hooks", "latent", "ridge")),
+        *(f"geometry.{name}" for name in ("stitch", "distance", "distil", "stored")),
+    ),
     "vggrpo/trainer.py": ("vggrpo.policy",),
     "vggrpo/grpo.py": ("geometry", "rewards", "vggrpo"),
-    "vggrpo/evaluate": ("rewards", "geometry.latent"),
+    "vggrpo/evaluate": ("rewards", "geometry.latent", "geometry.stitch", "geometry.distil", "geometry.stored"),
 }
 
 
@@ -70,7 +74,7 @@ def loaded(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("package", ["geometry", "geometry.world", "rewards"])
+@pytest.mark.parametrize("package", ["geometry", "geometry.world", "geometry.distil", "geometry.stored", "rewards"])
 def test_light_packages_load_nothing_heavy(package):
     assert loaded(f"import {package}") == set()
 

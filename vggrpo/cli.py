@@ -5,19 +5,22 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vggrpo.check import check
-from vggrpo.config import Recipe, load_recipe
+from vggrpo.config import Recipe, load_recipe, read_recipe
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
 from vggrpo.trainer import GeometryFn, RewardFn, train
 from vggrpo.types import Condition
+
+Action = Callable[[str, Sequence[str]], int]
+"""What a command does with the path of a recipe and what is said on top of it; the exit status comes back."""
 
 
 class Parts(NamedTuple):
@@ -67,21 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("vggrpo", description="Reinforcement learning for flow models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action in COMMANDS.items():
-        command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
-        command.add_argument("recipe", help="YAML, such as launch/recipes/mixture.yaml")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
-        command.set_defaults(action=action)
+        _add(commands, name, action, "launch/recipes/mixture.yaml")
+    bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
+    stages = bootstrap.add_subparsers(dest="stage", required=True)
+    for name, stage in STAGES.items():
+        _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
     args = parser.parse_args(argv)
     try:
-        status: int = args.action(load_recipe(args.recipe, args.overrides))
+        status: int = args.action(args.recipe, args.overrides)
     except ValueError as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
     return status
 
 
-def check_recipe(recipe: Recipe) -> int:
+def check_recipe(path: str, overrides: Sequence[str]) -> int:
     """One rollout and replay: is the ratio 1, does anything learn, what does it cost?"""
+    recipe = load_recipe(path, overrides)
     parts = build(recipe)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
@@ -91,8 +96,9 @@ def check_recipe(recipe: Recipe) -> int:
     return 1 if report.problems else 0
 
 
-def train_recipe(recipe: Recipe) -> int:
+def train_recipe(path: str, overrides: Sequence[str]) -> int:
     """Train, and print every iteration's numbers."""
+    recipe = load_recipe(path, overrides)
     _, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
     todo = itertools.islice(conditions, recipe.grpo.num_iterations)
     for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo):
@@ -101,9 +107,95 @@ def train_recipe(recipe: Recipe) -> int:
     return 0
 
 
+def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
+    """Train the tiny video VAE, or go on where it stopped; measure it on fresh clips; write it with its card."""
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.vae_publish import publish
+    from vggrpo.bootstrap.vae_recipe import VaeRecipe
+    from vggrpo.bootstrap.vae_run import start_run
+    from vggrpo.bootstrap.vae_train import load_footage, train_vae
+
+    recipe = read_recipe(VaeRecipe, path, overrides)
+    clips, progress = load_footage(recipe), Progress()
+    run = start_run(recipe, clips)
+    for step in train_vae(run, recipe, clips):
+        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
+        progress(
+            f"step {run.step} of {recipe.num_steps}  loss {step.loss:.4f}  lr {step.lr:.1e}  "
+            f"PSNR {run.curve[-1]['psnr']:.2f}  {left:.0f} min left"
+        )
+    print(*publish(run, recipe, path, clips), sep="\n")
+    return 0
+
+
+def sft_recipe(path: str, overrides: Sequence[str]) -> int:
+    """Finetune a video model on clips, or go on where it stopped: flow matching on cached latents."""
+    from pathlib import Path
+
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.data import encode_clips
+    from vggrpo.policy.wan import load_encoders
+    from vggrpo.sft import save_result, start_sft, train_sft
+    from vggrpo.sft_config import SftRecipe
+
+    recipe, progress = read_recipe(SftRecipe, path, overrides), Progress()
+    encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
+    data, held_out = (encode_clips(clips, encoders, progress) for clips in (recipe.data, recipe.held_out))
+    del encoders  # the training needs their memory, not them
+    training = start_sft(recipe, data)
+    for loss in train_sft(training, recipe, data, held_out):
+        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.4f}")
+    print(f"wrote {save_result(training, recipe)}", *training.curve, sep="\n")
+    return 0
+
+
+def bootstrap_text(path: str, overrides: Sequence[str]) -> int:
+    """Build the tokenizer, train the text encoder, or go on where it stopped; write both with their card."""
+    from vggrpo.bootstrap.captions import draw_captions
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.text_publish import publish_text
+    from vggrpo.bootstrap.text_train import TextRecipe, start_text, train_text
+
+    recipe = read_recipe(TextRecipe, path, overrides)
+    captions, progress = draw_captions(range(recipe.num_captions)), Progress()
+    stage, training = start_text(recipe, captions)
+    for loss in train_text(stage, training, recipe, captions):
+        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.3f}")
+    print(*publish_text(stage, training, recipe, path, captions), sep="\n")
+    return 0
+
+
+def bootstrap_geometry(path: str, overrides: Sequence[str]) -> int:
+    """Train the tiny geometry model, or go on where it stopped; measure it on fresh clips; write it with its card."""
+    from vggrpo.bootstrap.geometry_publish import publish
+    from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
+    from vggrpo.bootstrap.geometry_run import start_run
+    from vggrpo.bootstrap.geometry_train import load_lessons, train_geometry
+    from vggrpo.bootstrap.progress import Progress
+
+    recipe, progress = read_recipe(GeometryRecipe, path, overrides), Progress()
+    lessons, run = load_lessons(recipe), start_run(recipe)
+    for numbers in train_geometry(run, recipe, lessons):
+        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
+        progress(
+            f"step {run.step} of {recipe.num_steps}  pose {numbers['pose']:.3f}  depth {numbers['depth']:.3f}  "
+            f"rotation {run.curve[-1]['rotation']:.2f}  {left:.0f} min left"
+        )
+    print(*publish(run, recipe, path), sep="\n")
+    return 0
+
+
+def _add(commands: Any, name: str, action: Action, example: str) -> None:
+    command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
+    command.add_argument("recipe", help=f"YAML, such as {example}")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
+    command.set_defaults(action=action)
+
+
 def _latents(z0: Tensor) -> Tensor:
     """The mixture's scene is its points."""
     return z0
 
 
-COMMANDS: dict[str, Callable[[Recipe], int]] = {"check": check_recipe, "train": train_recipe}
+COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "train": train_recipe}
+STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}

@@ -163,7 +163,12 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe; `overrides` are `section.key=value`, later ones win.
+    """A training run's recipe; see `read_recipe`."""
+    return read_recipe(Recipe, path, overrides)
+
+
+def read_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML recipe of some kind, a dataclass; `overrides` are `section.key=value`, later ones win.
 
     Raises:
         ValueError: no such file, no such key (did you mean ...?), a value of the wrong type or out of range; each with
@@ -189,7 +194,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 raise ValueError(f"override {override!r}: {parent} is not a section")
         node[last] = yaml.safe_load(value)
         source = f"{path} with overrides"
-    return _build(Recipe, data, source, "")
+    return _build(kind, data, source, "")
 
 
 def _build(cls: type[T], data: Any, source: str, where: str) -> T:
@@ -206,7 +211,7 @@ def _build(cls: type[T], data: Any, source: str, where: str) -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{source}: {where}: {error}") from None
+        raise ValueError(f"{source}: {where}{': ' if where else ''}{error}") from None
 
 
 def _convert(hint: Any, value: Any, source: str, where: str) -> Any:

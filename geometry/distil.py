@@ -1,0 +1,115 @@
+"""Stage 2 of a latent geometry model: the stitched model learns to say of latents what its teacher says of the video.
+
+The connector, the prefix tokens and LoRA adapters of the tail are trained; the backbone itself is not touched, so the
+teacher is the same module with its adapters disabled, and one copy of the weights serves both.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import nn
+
+from geometry.distance import OutputWeights, output_distances
+from geometry.latent import LatentGeometryModel
+from geometry.stitch import Sample, student, teach
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """How a stitched model is trained (defaults: VIST3A and VGGRPO, arXiv 2603.26599)."""
+
+    steps: int = 1000
+    """Batches."""
+    lr: float = 2e-4
+    """Of AdamW, at its highest."""
+    warmup: int = 100
+    """Steps of linear warm-up; then a cosine to zero."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    rank: int = 64
+    """Of LoRA on every linear map and 2-D convolution in the tail's blocks."""
+    alpha: int = 32
+    """Its scale, times the rank."""
+    weights: OutputWeights = field(default_factory=OutputWeights)
+    """What each output's distance counts for."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.rank < 1 or self.alpha < 1 or not 0 <= self.warmup < self.steps:
+            raise ValueError(f"steps, rank and alpha must be >= 1 and warmup in [0, steps), got {self}")
+        if self.lr <= 0 or self.clip <= 0 or self.weight_decay < 0:
+            raise ValueError(f"lr and clip must be > 0, weight_decay >= 0, got {self}")
+
+
+def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
+    """Adapters in the tail's blocks, which change nothing yet. The backbone's own parameters need no gradient after it.
+
+    Raises:
+        ValueError: the tail has adapters already, or nothing in it can have them.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    module, blocks = model.backbone.module, model.backbone.spec.after(model.point)
+    if any("lora_" in name for name in trained(model)):
+        raise ValueError("the backbone has LoRA adapters already; build the model around a fresh one")
+    # Subclasses are left out: nn.MultiheadAttention reads its out_proj's weight and would never call an adapter.
+    targets = [
+        f"{block}.{name}" if name else block
+        for block in blocks
+        for name, layer in module.get_submodule(block).named_modules()
+        if type(layer) in (nn.Linear, nn.Conv2d)
+    ]
+    if not targets:
+        raise ValueError(f"there is nothing after {model.point} that can have LoRA; stitch earlier")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), module)
+    model.lora = rank, alpha
+
+
+def trained(model: LatentGeometryModel) -> dict[str, nn.Parameter]:
+    """What distillation changes, by name: the connector, the prefix, and the adapters."""
+    return {name: p for name, p in model.named_parameters() if not name.startswith("backbone.") or "lora_" in name}
+
+
+def learning_rate(step: int, config: DistilConfig) -> float:
+    """As a fraction of the highest: linear up to 1, then a cosine down to 0."""
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    return (1 + math.cos(math.pi * (step - config.warmup) / (config.steps - config.warmup))) / 2
+
+
+def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: DistilConfig) -> Iterator[dict[str, float]]:
+    """Train in place, one step for each record that is taken; a record has every output's distance and the loss.
+
+    Both models run in eval mode, as they are used. A batch whose gradient is not finite changes nothing, and its
+    record's `gradient` says so.
+
+    Args:
+        model: from `stitch`; it is given adapters if it has none.
+        samples: batches, at least `config.steps` of them.
+
+    Raises:
+        ValueError: samples that run out, or do not fit the model.
+    """
+    if model.lora is None:
+        add_lora(model, config.rank, config.alpha)
+    model.eval().requires_grad_(False)
+    parameters = [p.requires_grad_() for p in trained(model).values()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    steps = 0
+    for steps, sample in enumerate(islice(samples, config.steps), start=1):
+        distances = output_distances(student(model, sample), teach(model, sample))
+        loss = config.weights.total(distances).mean()
+        optimizer.param_groups[0]["lr"] = rate = config.lr * learning_rate(steps - 1, config)
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = nn.utils.clip_grad_norm_(parameters, config.clip)
+        if gradient.isfinite():
+            optimizer.step()
+        record = {name: float(x.detach().mean()) for name, x in distances.items()}
+        yield {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": rate}
+    if steps < config.steps:
+        raise ValueError(f"the samples ran out after {steps} of {config.steps} steps; give as many batches as steps")

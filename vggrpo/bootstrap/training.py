@@ -1,0 +1,91 @@
+"""A training between two steps, in one file: the trained weights, their running average, Adam's moments, the curve."""
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vggrpo.bootstrap.assets import load_tensors, save_tensors
+
+
+@dataclass
+class Training:
+    """All that a training is between two steps, with only the weights that require a gradient."""
+
+    network: nn.Module
+    optimizer: torch.optim.AdamW
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Running average of each trained weight, by name."""
+    step: int = 0
+    seconds: float = 0.0
+    """On the clock, over all resumptions, without evaluations."""
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """What was measured at each checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.average = {name: weight.detach().clone() for name, weight in self.trained()}
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and weights that are trained."""
+        return ((name, weight) for name, weight in self.network.named_parameters() if weight.requires_grad)
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Count one more step. The decay rises to `decay`, so that the first steps are soon forgotten."""
+        self.step += 1
+        decay = min(decay, (self.step + 1) / (self.step + 10))
+        for name, weight in self.trained():
+            self.average[name].lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchange weights and average; a second call undoes it."""
+        for name, weight in self.trained():
+            self.average[name], kept = weight.detach().clone(), self.average[name]
+            weight.copy_(kept)
+
+
+def save_training(path: Path, training: Training, recipe: dict[str, Any]) -> None:
+    """Write the checkpoint; it replaces the one before in one stroke."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in training.trained():
+        tensors[f"weight.{name}"], tensors[f"average.{name}"] = weight.detach(), training.average[name]
+        for key, moment in training.optimizer.state.get(weight, {}).items():
+            tensors[f"{key}.{name}"] = moment
+    notes = {"step": training.step, "seconds": training.seconds, "curve": training.curve, "recipe": recipe}
+    save_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, notes)
+
+
+@torch.no_grad()
+def load_training(path: Path, training: Training, recipe: dict[str, Any], may_change: Collection[str]) -> None:
+    """Bring a training to where `save_training` left it; without a file it stays where it is.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or differs from the recipe in a field that is not in `may_change`.
+    """
+    if not path.exists():
+        return
+    tensors, notes = load_tensors(path)
+    wanted = json.loads(json.dumps(recipe))
+    for name in [*wanted, *(name for name in notes["recipe"] if name not in wanted)]:
+        was, now = notes["recipe"].get(name), wanted.get(name)
+        if was != now and name not in may_change:
+            raise ValueError(
+                f"{path} was made with {name} {was!r} and the recipe says {now!r}: "
+                "restore it, or set another `out` to start anew"
+            )
+    training.step, training.seconds, training.curve = notes["step"], notes["seconds"], notes["curve"]
+    moments: dict[Any, Any] = training.optimizer.state
+    for name, weight in training.trained():
+        weight.copy_(tensors[f"weight.{name}"])
+        training.average[name] = tensors[f"average.{name}"].to(weight)
+        if f"exp_avg.{name}" in tensors:
+            moments[weight] = {
+                "step": tensors[f"step.{name}"],
+                "exp_avg": tensors[f"exp_avg.{name}"].to(weight),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(weight),
+            }

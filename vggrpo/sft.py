@@ -1,0 +1,195 @@
+"""Ordinary finetuning of a video model on clips: flow matching on cached latents, resumable to the bit.
+
+Every step draws from a generator of its own, seeded by the run's seed and the step, so that nothing but weights, their
+average, Adam's moments and the step has to be kept.
+"""
+
+import time
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.training_utils import _collate_lora_metadata
+from jaxtyping import Float
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+
+from vggrpo.bootstrap.training import Training, load_training, save_training
+from vggrpo.data import Encoded
+from vggrpo.flow import interpolate
+from vggrpo.policy.wan import wan_velocity
+from vggrpo.sft_config import MAY_CHANGE, LoraSize, SftRecipe, WanSize
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+"""What LoRA updates: the projections of self- and cross-attention."""
+BUCKETS = 5
+"""Equal parts of [0, 1] that the held-out loss is reported for."""
+
+
+def new_transformer(size: WanSize, channels: int, text_dim: int) -> WanTransformer3DModel:
+    """An untrained Wan transformer for latents of `channels`; random numbers come from torch's global generator."""
+    return WanTransformer3DModel(
+        num_layers=size.layers,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_dim,
+        ffn_dim=size.ffn_dim,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text_dim,
+    )
+
+
+def load_transformer(folder: Path) -> WanTransformer3DModel:
+    """The transformer of a Wan folder, in fp32.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    if not (folder / "transformer").is_dir():
+        raise ValueError(f"{folder} has no transformer/: give `new` a size to train one from nothing")
+    return WanTransformer3DModel.from_pretrained(
+        folder / "transformer", local_files_only=True, torch_dtype=torch.float32
+    )
+
+
+def add_lora(transformer: WanTransformer3DModel, size: LoraSize) -> None:
+    """Freeze a transformer and give its attention low-rank updates, which start at 0."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=TARGETS))
+
+
+def start_sft(recipe: SftRecipe, data: Encoded) -> Training:
+    """A finetuning at step 0, or where the checkpoint in `recipe.out` left it.
+
+    Raises:
+        ValueError: no transformer to start from; a checkpoint that is damaged or was made by another recipe.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.new is None:
+        transformer = load_transformer(Path(recipe.model))
+    else:
+        transformer = new_transformer(recipe.new, data.z0.shape[1], data.text.shape[-1])
+    if recipe.lora is not None:
+        add_lora(transformer, recipe.lora)
+    if recipe.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer = transformer.to(recipe.device)
+    trained = [weight for weight in transformer.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    training = Training(transformer, optimizer)
+    load_training(_checkpoint(recipe), training, asdict(recipe), MAY_CHANGE)
+    return training
+
+
+def train_sft(training: Training, recipe: SftRecipe, data: Encoded, held_out: Encoded) -> Iterator[float]:
+    """Train to the recipe's last step, yielding every step's loss; checkpoints and curve on the way and at the end."""
+    while training.step < recipe.num_steps:
+        begin = time.perf_counter()
+        loss = sft_step(training, recipe, data)
+        training.seconds += time.perf_counter() - begin
+        if training.step % recipe.checkpoint_every == 0 or training.step == recipe.num_steps:
+            training.curve.append({"step": training.step} | measure_sft(training, recipe, held_out))
+            save_training(_checkpoint(recipe), training, asdict(recipe))
+        yield loss
+
+
+def sft_step(training: Training, recipe: SftRecipe, data: Encoded) -> float:
+    """One step of AdamW on one batch, and one of the average; the loss before it."""
+    rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + training.step)
+    rows = torch.randint(len(data.z0), (recipe.batch,), generator=rng)
+    t = draw_times(recipe.batch, recipe.shift, rng)
+    dropped = torch.rand(recipe.batch, 1, 1, generator=rng) < recipe.drop_caption
+    text = torch.where(dropped, data.negative, data.text[rows])
+    eps = torch.randn(data.z0[rows].shape, generator=rng)
+    training.network.train()
+    loss = flow_loss(training, recipe, data.z0[rows], eps, t, text).mean()
+    training.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([weight for _, weight in training.trained()], recipe.max_grad_norm)
+    training.optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (training.step + 1) / recipe.warmup)
+    training.optimizer.step()
+    training.update_average(recipe.average)
+    return loss.item()
+
+
+def draw_times(count: int, shift: float, generator: torch.Generator) -> Float[Tensor, " {count}"]:
+    """Flow times of a batch, one from each of `count` equal parts of u in (0, 1), shifted as in `time_grid`."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def flow_loss(
+    training: Training,
+    recipe: SftRecipe,
+    z0: Float[Tensor, "B C L h w"],
+    eps: Float[Tensor, "B C L h w"],
+    t: Float[Tensor, " B"],
+    text: Float[Tensor, "B tokens channels"],
+) -> Float[Tensor, " B"]:
+    """Mean squared error of the velocity, v = eps - z0 (`flow.py`), of each clip."""
+    z0, eps, t, text = (x.to(recipe.device) for x in (z0, eps, t, text))
+    z_t = interpolate(z0, eps, t.view(-1, 1, 1, 1, 1))
+    with torch.autocast(z0.device.type, torch.bfloat16, enabled=recipe.bf16):
+        v = wan_velocity(training.network, z_t, t, text)
+    return F.mse_loss(v.float(), eps - z0, reduction="none").mean((1, 2, 3, 4))
+
+
+@torch.no_grad()
+def measure_sft(training: Training, recipe: SftRecipe, held_out: Encoded) -> dict[str, Any]:
+    """Loss of the average on held-out clips: by bucket of t, over all, and with each other's captions.
+
+    Noise and times depend on the clip alone, so that points of one curve can be compared. Where captions are used, the
+    loss with another clip's is the higher one.
+    """
+    N = len(held_out.z0)
+    rng = torch.Generator().manual_seed(recipe.seed)
+    times = (torch.arange(BUCKETS)[:, None] + torch.rand(BUCKETS, N, generator=rng)) / BUCKETS
+    eps = torch.randn(BUCKETS, *held_out.z0.shape, generator=rng)
+    training.swap_average()
+    training.network.eval()
+    losses = [
+        torch.stack(
+            [
+                torch.cat(
+                    [
+                        flow_loss(training, recipe, held_out.z0[i], eps[bucket, i], times[bucket, i], text[i])
+                        for i in torch.arange(N).split(recipe.batch)
+                    ]
+                ).cpu()
+                for bucket in range(BUCKETS)
+            ]
+        ).mean(1)
+        for text in (held_out.text, held_out.text.roll(1, 0))
+    ]
+    training.swap_average()
+    return {
+        "loss": round(losses[0].mean().item(), 5),
+        "other_captions": round(losses[1].mean().item(), 5),
+        "by_time": [round(x, 5) for x in losses[0].tolist()],
+    }
+
+
+def save_result(training: Training, recipe: SftRecipe) -> Path:
+    """Write the average: a transformer/ folder, or a LoRA that `pipe.load_lora_weights` loads at the right scale."""
+    training.swap_average()
+    out = Path(recipe.out)
+    if recipe.lora is None:
+        out /= "transformer"
+        typing.cast(WanTransformer3DModel, training.network).save_pretrained(out)
+    else:
+        WanPipeline.save_lora_weights(
+            out,
+            transformer_lora_layers=get_peft_model_state_dict(training.network),
+            **_collate_lora_metadata({"transformer": training.network}),
+        )
+    training.swap_average()
+    return out
+
+
+def _checkpoint(recipe: SftRecipe) -> Path:
+    return Path(recipe.out) / "checkpoint.safetensors"
