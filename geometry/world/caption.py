@@ -13,7 +13,7 @@ _CAMERA = {
     "pedestal": ("The camera rises", "The camera sinks"),
     "orbit": ("The camera orbits anticlockwise", "The camera orbits clockwise"),
     "arc": ("The camera arcs anticlockwise, easing in and out,", "The camera arcs clockwise, easing in and out,"),
-    "random": ("The camera drifts",),
+    "random": ("The camera drifts freely",),
 }
 
 
