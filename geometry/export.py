@@ -153,8 +153,7 @@ def fuse(scene: Geometry, video: Video = None, voxel: float | None = None, *, mi
     tensor, f32, t, trunc = o3d.core.Tensor, o3d.core.float32, o3d.t.geometry, 4.0
     # Not the legacy ScalableTSDFVolume: in open3d 0.20 it integrates next to nothing.
     grid = t.VoxelBlockGrid(("tsdf", "weight", "color"), (f32, f32, f32), ((1), (1), (3)), voxel, 16, 10000)
-    # No half-pixel shift: a voxel at u reads pixel int(u), which is centred at +0.5 as ours is. (open3d's own
-    # unprojection, which puts centres on integers, would need one.)
+    # No half-pixel shift: a voxel at u reads pixel int(u), centred at +0.5 as ours is.
     intrinsics, w2c = scene.intrinsics.double(), inverse(scene.c2w).double()
     world = unproject(scene.depth, scene.intrinsics, scene.c2w)
     # open3d skips whatever lands in the last row or column of an image: let that be a border without depth.
