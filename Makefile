@@ -30,7 +30,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.world
 	$(BIN)/python -m benchmarks.rewards
 
-# Torch comes first and pinned: a plain `torch` would bring gigabytes of CUDA to a machine without a GPU.
+# Torch comes first and pinned, so that no other package's range picks its version and build.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -1,7 +1,7 @@
 """A geometry model's training between two steps: what it consists of, and how it is kept in one file."""
 
 import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from geometry.models.tiny import TinyGeometry
 from vggrpo.bootstrap.assets import load_tensors, save_tensors
 from vggrpo.bootstrap.geometry_recipe import MAY_CHANGE, GeometryRecipe
+from vggrpo.bootstrap.training import check_same_recipe
 
 
 @dataclass
@@ -70,14 +71,7 @@ def checkpoint_of(recipe: GeometryRecipe) -> Path:
 
 def _load(run: GeometryRun, recipe: GeometryRecipe, path: Path) -> None:
     tensors, notes = load_tensors(path)
-    wanted = _as_json(asdict(recipe))
-    for known in fields(recipe):
-        was, now = notes["recipe"].get(known.name), wanted[known.name]
-        if was != now and known.name not in MAY_CHANGE:
-            raise ValueError(
-                f"{path} was made with {known.name} {was!r} and the recipe says {now!r}: "
-                "restore it, or set another `out` to start anew"
-            )
+    check_same_recipe(path, notes["recipe"], asdict(recipe), MAY_CHANGE)
     run.step, run.seconds, run.curve = notes["step"], notes["seconds"], notes["curve"]
     run.plans = notes["plans"]
     moments: dict[Any, Any] = run.optimizer.state
@@ -91,10 +85,3 @@ def _load(run: GeometryRun, recipe: GeometryRecipe, path: Path) -> None:
                     "exp_avg": tensors[f"first.{name}"].to(weight),
                     "exp_avg_sq": tensors[f"second.{name}"].to(weight),
                 }
-
-
-def _as_json(value: Any) -> Any:
-    """What a round trip through JSON makes of a recipe: tuples become lists."""
-    if isinstance(value, dict):
-        return {name: _as_json(x) for name, x in value.items()}
-    return [_as_json(x) for x in value] if isinstance(value, list | tuple) else value

@@ -70,14 +70,7 @@ def load_training(path: Path, training: Training, recipe: dict[str, Any], may_ch
     if not path.exists():
         return
     tensors, notes = load_tensors(path)
-    wanted = json.loads(json.dumps(recipe))
-    for name in [*wanted, *(name for name in notes["recipe"] if name not in wanted)]:
-        was, now = notes["recipe"].get(name), wanted.get(name)
-        if was != now and name not in may_change:
-            raise ValueError(
-                f"{path} was made with {name} {was!r} and the recipe says {now!r}: "
-                "restore it, or set another `out` to start anew"
-            )
+    check_same_recipe(path, notes["recipe"], recipe, may_change)
     training.step, training.seconds, training.curve = notes["step"], notes["seconds"], notes["curve"]
     moments: dict[Any, Any] = training.optimizer.state
     for name, weight in training.trained():
@@ -89,3 +82,27 @@ def load_training(path: Path, training: Training, recipe: dict[str, Any], may_ch
                 "exp_avg": tensors[f"exp_avg.{name}"].to(weight),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(weight),
             }
+
+
+def check_same_recipe(
+    path: Path, made_with: dict[str, Any], recipe: dict[str, Any], may_change: Collection[str]
+) -> None:
+    """Refuse to go on with a checkpoint of another recipe.
+
+    Args:
+        path: the checkpoint, to be named.
+        made_with: the recipe that it holds, as JSON gives it back.
+        recipe: the recipe of this run.
+        may_change: fields that may differ.
+
+    Raises:
+        ValueError: another field differs.
+    """
+    wanted = json.loads(json.dumps(recipe))  # tuples become lists, as in the file
+    for name in [*wanted, *(name for name in made_with if name not in wanted)]:
+        was, now = made_with.get(name), wanted.get(name)
+        if was != now and name not in may_change:
+            raise ValueError(
+                f"{path} was made with {name} {was!r} and the recipe says {now!r}: "
+                "restore it, or set another `out` to start anew"
+            )

@@ -1,7 +1,7 @@
 """A video VAE's training between two steps: what it consists of, and how it is kept in one file."""
 
 import copy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vggrpo.bootstrap.assets import load_tensors, save_tensors
+from vggrpo.bootstrap.training import check_same_recipe
 from vggrpo.bootstrap.vae import build_vae
 from vggrpo.bootstrap.vae_init import linear_start
 from vggrpo.bootstrap.vae_recipe import MAY_CHANGE, START_CLIPS, VaeRecipe
@@ -74,13 +75,7 @@ def checkpoint_of(recipe: VaeRecipe) -> Path:
 
 def _load(run: VaeRun, recipe: VaeRecipe, path: Path) -> None:
     tensors, notes = load_tensors(path)
-    for known in fields(recipe):
-        was, wanted = notes["recipe"].get(known.name), getattr(recipe, known.name)
-        if was != wanted and known.name not in MAY_CHANGE:
-            raise ValueError(
-                f"{path} was made with {known.name} {was!r} and the recipe says {wanted!r}: "
-                "restore it, or set another `out` to start anew"
-            )
+    check_same_recipe(path, notes["recipe"], asdict(recipe), MAY_CHANGE)
     run.step, run.seconds, run.curve, run.plans = (notes[name] for name in ("step", "seconds", "curve", "plans"))
     moments: dict[Any, Any] = run.optimizer.state
     with torch.no_grad():
