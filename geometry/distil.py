@@ -81,11 +81,40 @@ def learning_rate(step: int, config: DistilConfig) -> float:
     return (1 + math.cos(math.pi * (step - config.warmup) / (config.steps - config.warmup))) / 2
 
 
-def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: DistilConfig) -> Iterator[dict[str, float]]:
-    """Train in place, one step for each record that is taken; a record has every output's distance and the loss.
+def start(model: LatentGeometryModel, config: DistilConfig) -> torch.optim.AdamW:
+    """Adapters if the model has none, and the optimiser of all that is trained; nothing else needs a gradient after it.
 
-    Both models run in eval mode, as they are used. A batch whose gradient is not finite changes nothing, and its
-    record's `gradient` says so.
+    Both models run in eval mode, as they are used.
+    """
+    if model.lora is None:
+        add_lora(model, config.rank, config.alpha)
+    model.eval().requires_grad_(False)
+    parameters = [p.requires_grad_() for p in trained(model).values()]
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def distil_step(
+    model: LatentGeometryModel, sample: Sample, optimizer: torch.optim.AdamW, step: int, config: DistilConfig
+) -> dict[str, float]:
+    """Train on one batch, the `step`-th from 0: every output's distance and the loss before it, and its gradient.
+
+    A batch whose gradient is not finite changes nothing, and `gradient` says so.
+    """
+    group = optimizer.param_groups[0]
+    distances = output_distances(student(model, sample), teach(model, sample))
+    loss = config.weights.total(distances).mean()
+    group["lr"] = config.lr * learning_rate(step, config)
+    optimizer.zero_grad()
+    loss.backward()
+    gradient = nn.utils.clip_grad_norm_(group["params"], config.clip)
+    if gradient.isfinite():
+        optimizer.step()
+    record = {name: float(x.detach().mean()) for name, x in distances.items()}
+    return {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": group["lr"]}
+
+
+def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: DistilConfig) -> Iterator[dict[str, float]]:
+    """Train in place, one step (`distil_step`) for each record that is taken.
 
     Args:
         model: from `stitch`; it is given adapters if it has none.
@@ -94,22 +123,8 @@ def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: Distil
     Raises:
         ValueError: samples that run out, or do not fit the model.
     """
-    if model.lora is None:
-        add_lora(model, config.rank, config.alpha)
-    model.eval().requires_grad_(False)
-    parameters = [p.requires_grad_() for p in trained(model).values()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    steps = 0
+    optimizer, steps = start(model, config), 0
     for steps, sample in enumerate(islice(samples, config.steps), start=1):
-        distances = output_distances(student(model, sample), teach(model, sample))
-        loss = config.weights.total(distances).mean()
-        optimizer.param_groups[0]["lr"] = rate = config.lr * learning_rate(steps - 1, config)
-        optimizer.zero_grad()
-        loss.backward()
-        gradient = nn.utils.clip_grad_norm_(parameters, config.clip)
-        if gradient.isfinite():
-            optimizer.step()
-        record = {name: float(x.detach().mean()) for name, x in distances.items()}
-        yield {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": rate}
+        yield distil_step(model, sample, optimizer, steps - 1, config)
     if steps < config.steps:
         raise ValueError(f"the samples ran out after {steps} of {config.steps} steps; give as many batches as steps")
