@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geometry.backbone import HookedBackbone
 from geometry.distance import output_distances
-from geometry.latent import LatentGeometryModel
+from geometry.latent import Connector, LatentGeometryModel
 from geometry.types import Geometry
 from vggrpo.bootstrap.geometry_eval import constant, measure
 from vggrpo.bootstrap.geometry_publish import BARS
@@ -113,9 +113,9 @@ def at_latents(scene: Geometry) -> Geometry:
     return scene.map(lambda x: x[:, ::4])
 
 
-def random_connector(model: LatentGeometryModel, seed: int = 0) -> None:
-    """Give a model's connector its own weights in another order: the right size and intercept, and no meaning."""
-    weight = model.connector.conv.weight.detach()
+def random_connector(connector: Connector, seed: int = 0) -> None:
+    """Give a connector its own weights in another order: the right size and intercept, and no meaning."""
+    weight = connector.conv.weight.detach()
     order = torch.randperm(weight[0].numel(), generator=torch.Generator().manual_seed(seed))
     weight.copy_(weight.flatten(1)[:, order].view_as(weight))
 

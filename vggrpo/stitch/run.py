@@ -92,7 +92,7 @@ def report(recipe: StitchRecipe, vae: AutoencoderKLWan, ranked: list[Ranked], ma
     teacher, shipped = load_geometry(recipe.geometry), made["shipped"]["model"]
     closed = load_closed(recipe, made["shipped"]["ranked"])
     shuffled = load_closed(recipe, made["shipped"]["ranked"])
-    random_connector(shuffled)
+    random_connector(shuffled.connector)
     lessons, motions = held_out(teacher.spec.patch, first=HELD_OUT)
     clips = HeldOut(lessons, motions, latents_of(vae, lessons.video.float() / 255))
     stamp = {"steps": {name: made[name]["steps"] for name in made}}
@@ -150,7 +150,10 @@ def _modes(
     }
     if "latent" in made:
         models["latent"] = made["latent"]["model"]
-        scenes["latent, closed form"] = in_parts(load_closed(recipe, made["latent"]["ranked"]), few.z, known[:, ::4])
+        if made["latent"]["steps"]:
+            scenes["latent, closed form"] = in_parts(
+                load_closed(recipe, made["latent"]["ranked"]), few.z, known[:, ::4]
+            )
         scenes["latent"] = in_parts(made["latent"]["model"], few.z, known[:, ::4])
     errors = {name: measure(scene, there) for name, scene in scenes.items()}
     return {"errors": errors, "cost": cost(vae, teacher, models, clips.z[:1])}
