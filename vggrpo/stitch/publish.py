@@ -38,6 +38,7 @@ def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[s
         "point": model.point,
         "mode": model.connector.mode,
         "steps": shipped["steps"],
+        "plans": shipped["plans"],
         "hours": round(shipped["seconds"] / 3600, 3),
         "hardware": hardware("cpu"),
         "parameters": sum(p.numel() for p in trained(model).values()),

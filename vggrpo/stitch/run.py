@@ -16,8 +16,7 @@ from vggrpo.bootstrap.assets import load_tensors, read_card, save_json, save_ten
 from vggrpo.bootstrap.geometry_eval import measure
 from vggrpo.bootstrap.geometry_publish import held_out, load_geometry
 from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
-from vggrpo.bootstrap.geometry_run import start_run
-from vggrpo.bootstrap.geometry_train import lessons_of, train_step
+from vggrpo.bootstrap.geometry_train import lessons_of, start_run, train_step
 from vggrpo.bootstrap.progress import Progress
 from vggrpo.bootstrap.training import check_same_recipe
 from vggrpo.stitch.clips import Clips, check_generator, generated_clips, latent_spec, latents_of, world_clips
@@ -119,17 +118,17 @@ def report(recipe: StitchRecipe, vae: AutoencoderKLWan, ranked: list[Ranked], ma
 def _distilled(recipe: StitchRecipe, chosen: Ranked, steps: int, clips: list[Clips], held: Clips) -> dict[str, Any]:
     """A closed-form model, trained; as it is for 0 steps."""
     model, progress = load_closed(recipe, chosen), Progress()
-    found: dict[str, Any] = {"ranked": chosen, "model": model, "steps": steps, "curve": [], "seconds": 0.0}
+    found: dict[str, Any] = {"ranked": chosen, "model": model, "steps": steps, "curve": [], "plans": [], "seconds": 0.0}
     if steps:
         path = Path(recipe.out) / f"distil-{chosen.mode}.safetensors"
-        training = start_distil(recipe, model, path)
+        training = start_distil(recipe, model, steps, path)
         for numbers in train_distil(training, recipe, steps, path, clips, held):
             left = training.seconds / training.step * (steps - training.step) / 60
             progress(
                 f"{chosen.mode}: step {training.step} of {steps}  loss {numbers['loss']:.3f}  "
                 f"held out {training.curve[-1]['total']:.3f}  {left:.0f} min left"
             )
-        found |= {"curve": training.curve, "seconds": training.seconds}
+        found |= {"curve": training.curve, "plans": training.plans, "seconds": training.seconds}
     return found
 
 

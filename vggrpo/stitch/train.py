@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,15 +17,15 @@ from vggrpo.stitch.clips import Clips
 from vggrpo.stitch.recipe import StitchRecipe
 
 
-def start_distil(recipe: StitchRecipe, model: LatentGeometryModel, path: Path) -> Training:
-    """A distillation at step 0, or where the checkpoint at `path` left it.
+def start_distil(recipe: StitchRecipe, model: LatentGeometryModel, steps: int, path: Path) -> Training:
+    """A distillation of `steps` steps at its first, or where the checkpoint at `path` left it.
 
     Raises:
         ValueError: the checkpoint is damaged, or was made by another recipe.
     """
     torch.manual_seed(recipe.seed)
     training = Training(model, start(model, recipe.distil))
-    load_training(path, training, asdict(recipe.distil), ())
+    load_training(path, training, _notes(recipe, steps), ("num_steps",))
     return training
 
 
@@ -40,14 +40,14 @@ def train_distil(
     assert isinstance(model, LatentGeometryModel)
     while training.step < steps:
         if training.step % recipe.checkpoint_every == 0:
-            _note_and_save(training, recipe, path, held_out)
+            _note_and_save(training, recipe, steps, path, held_out)
         begin = time.perf_counter()
         sample = draw_batch(recipe, sources, training.step, steps)
         numbers = distil_step(model, sample, training.optimizer, training.step, config)
         training.update_average(recipe.average)
         training.seconds += time.perf_counter() - begin
         yield numbers
-    _note_and_save(training, recipe, path, held_out)
+    _note_and_save(training, recipe, steps, path, held_out)
     training.swap_average()
     model.requires_grad_(False)
 
@@ -71,17 +71,17 @@ def distances(model: LatentGeometryModel, clips: Clips, weights: OutputWeights) 
     return {name: float(x.mean()) for name, x in each.items()} | {"total": float(weights.total(each).mean())}
 
 
-def _note_and_save(training: Training, recipe: StitchRecipe, path: Path, held_out: Clips) -> None:
+def _note_and_save(training: Training, recipe: StitchRecipe, steps: int, path: Path, held_out: Clips) -> None:
     """A point of the curve and a checkpoint; a run that has just been resumed has both already."""
     if training.curve and training.curve[-1]["step"] == training.step:
         return
-    training.swap_average()
-    model: Any = training.network
-    found = distances(model, held_out, recipe.distil.weights)
-    training.swap_average()
-    training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | _rounded(found))
-    save_training(path, training, asdict(recipe.distil))
+    with training.averaged() as model:
+        found = distances(cast(LatentGeometryModel, model), held_out, recipe.distil.weights)
+    rounded = {name: round(x, 5) for name, x in found.items()}
+    training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | rounded)
+    save_training(path, training, _notes(recipe, steps))
 
 
-def _rounded(numbers: dict[str, float]) -> dict[str, float]:
-    return {name: round(x, 5) for name, x in numbers.items()}
+def _notes(recipe: StitchRecipe, steps: int) -> dict[str, Any]:
+    """What a checkpoint is bound to; the number of steps may change on the way."""
+    return asdict(replace(recipe.distil, steps=steps)) | {"steps": None, "num_steps": steps}

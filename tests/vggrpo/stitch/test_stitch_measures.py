@@ -23,7 +23,7 @@ def spoilt(seed=0, count=3):
         [[0.0 if name == "none" else PERTURBATIONS[name].magnitudes.index(m) + 1] for name, m in listed]
     )
     truth = torch.rand(count, generator=rng) - fall - 0.01 * torch.rand(len(listed), count, generator=rng)
-    return listed, dict.fromkeys(REWARDS, truth), rng
+    return listed, {reward: truth.clone() for reward in REWARDS}, rng
 
 
 def test_the_truth_is_faithful_and_noise_is_not():
@@ -43,8 +43,8 @@ def test_a_fault_that_a_model_does_not_see_is_named_and_one_that_truth_does_not_
     rows = {name: [i for i, (other, _) in enumerate(listed) if other == name] for name in ("blur", "pose_jitter")}
     kept, model = ({reward: x.clone() for reward, x in truth.items()} for _ in range(2))
     for reward in REWARDS:
-        kept[reward][rows["blur"]] = kept[reward][0]  # truth: no change
-        model[reward][rows["pose_jitter"]] = model[reward][0]  # model: no change
+        kept[reward][rows["blur"]] = kept[reward][0].clone()  # truth: no change
+        model[reward][rows["pose_jitter"]] = model[reward][0].clone()  # model: no change
     found = fidelity(listed, {"truth": kept, "model": model})["model"]
     assert all(math.isnan(found[reward]["fault: blur"]) for reward in REWARDS)
     assert all(found[reward]["fault: pose_jitter"] == 0 for reward in REWARDS)

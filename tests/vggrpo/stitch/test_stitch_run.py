@@ -1,4 +1,4 @@
-"""The whole command on a few clips: every stage is kept, resumed and refused where it must be, and what it writes loads.
+"""The whole command on a few clips: each stage is kept, resumed and refused where it must be; what it writes loads.
 
 A small geometry model that nobody trained stands for the teacher; the VAE is the shipped one.
 """
@@ -107,7 +107,7 @@ def test_a_folder_is_bound_to_its_recipe_and_to_what_it_was_made_from(recipe, ma
     (other / "config.json").write_text(json.dumps(changed))  # the same in other bytes
     save_json(other / "card.json", {"sha256": {"config.json": sha256(other / "config.json")}})
     notes = json.loads((Path(recipe.out) / "recipe.json").read_text())
-    with pytest.raises(ValueError, match="made with (geometry|made from)"):
+    with pytest.raises(ValueError, match=r"made with (geometry|made from)"):
         run.prepare(replace(recipe, geometry=str(other)))
     assert json.loads((Path(recipe.out) / "recipe.json").read_text()) == notes
 
@@ -120,12 +120,12 @@ def test_a_resumed_distillation_is_the_same_to_the_bit(recipe, vae, made, tmp_pa
     layer, weights = choose(made[0], ("phases",), None), []
     for stop in (None, 2):
         path = tmp_path / f"{stop}.safetensors"
-        training = start_distil(recipe, load_closed(recipe, layer), path)
+        training = start_distil(recipe, load_closed(recipe, layer), 4, path)
         records = train_distil(training, recipe, 4, path, [clips], held)
         if stop:
             for _ in range(stop + 1):  # the third step is lost: the checkpoint is at two
                 next(records)
-            training = start_distil(recipe, load_closed(recipe, layer), path)
+            training = start_distil(recipe, load_closed(recipe, layer), 4, path)
             assert training.step == stop
             records = train_distil(training, recipe, 4, path, [clips], held)
         list(records)
@@ -135,7 +135,7 @@ def test_a_resumed_distillation_is_the_same_to_the_bit(recipe, vae, made, tmp_pa
     moved = [name for name, x in load_closed(recipe, layer).state_dict().items() if name in weights[0]]
     assert any(not torch.equal(weights[0][n], load_closed(recipe, layer).state_dict()[n]) for n in moved)
     with pytest.raises(ValueError, match="made with lr"):
-        start_distil(replace(recipe, distil=replace(recipe.distil, lr=1.0)), load_closed(recipe, layer), path)
+        start_distil(replace(recipe, distil=replace(recipe.distil, lr=1.0)), load_closed(recipe, layer), 4, path)
 
 
 def test_what_was_made_is_kept(recipe, vae, made, monkeypatch):
@@ -162,7 +162,7 @@ def test_the_report_has_all_rows_and_is_read_back(published):
         held["all"]["closed form"]["from teacher: log_depth"]
         < held["all"]["random connector"]["from teacher: log_depth"]
     )
-    assert [row["moved: rotation"] for row in report["noise"]["latent"]][0] == 0
+    assert report["noise"]["latent"][0]["moved: rotation"] == 0
     assert report["noise"]["latent"][1]["moved: log_depth"] > 0
     assert report["modes"]["cost"]["latent"]["tokens"] < report["modes"]["cost"]["phases"]["tokens"] / 3
     assert set(report["fidelity"]["spearman"]) == {"teacher", "latent model", "barely trained"}
