@@ -18,7 +18,7 @@ DISTANCE = "distance of outputs from the teacher"
 SOURCES = ("latent model", "teacher", "barely trained")
 
 
-def draw_all(found: dict[str, Any], curve: Sequence[dict[str, float]], folder: Path) -> list[str]:
+def draw_all(found: dict[str, Any], curve: Sequence[dict[str, Any]], folder: Path) -> list[str]:
     """Write `made.png`, `noise.png` and `fidelity.png`; their names."""
     figures = {"made": made(found, curve), "noise": noise(found["noise"]), "fidelity": fidelity(found["fidelity"])}
     for name, figure in figures.items():
@@ -26,7 +26,7 @@ def draw_all(found: dict[str, Any], curve: Sequence[dict[str, float]], folder: P
     return [f"{name}.png" for name in figures]
 
 
-def made(found: dict[str, Any], curve: Sequence[dict[str, float]]) -> Figure:
+def made(found: dict[str, Any], curve: Sequence[dict[str, Any]]) -> Figure:
     """The ranking, the distillation, and every error in those of the teacher."""
     figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
