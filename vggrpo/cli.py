@@ -112,8 +112,7 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
     from vggrpo.bootstrap.progress import Progress
     from vggrpo.bootstrap.vae_publish import publish
     from vggrpo.bootstrap.vae_recipe import VaeRecipe
-    from vggrpo.bootstrap.vae_run import start_run
-    from vggrpo.bootstrap.vae_train import load_footage, train_vae
+    from vggrpo.bootstrap.vae_train import load_footage, start_run, train_vae
 
     recipe = read_recipe(VaeRecipe, path, overrides)
     clips, progress = load_footage(recipe), Progress()

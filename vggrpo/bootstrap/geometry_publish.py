@@ -35,7 +35,7 @@ BARS = {
 """What is measured, the bar for a model trained on a CPU, and whether more (1) or less (-1) is better."""
 
 
-def publish(run: Training, recipe: GeometryRecipe, path: str) -> list[str]:
+def publish(run: Training[TinyGeometry], recipe: GeometryRecipe, path: str) -> list[str]:
     """Write the run's average to `recipe.asset` and measure what was written. Returns what to tell the user."""
     folder = Path(recipe.asset)
     with run.averaged() as network:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -62,7 +61,7 @@ def load_lessons(recipe: GeometryRecipe) -> Lesson:
     return Lesson(**tensors)
 
 
-def start_run(recipe: GeometryRecipe) -> Training:
+def start_run(recipe: GeometryRecipe) -> Training[TinyGeometry]:
     """A training at step 0, or where the checkpoint in `recipe.out` left it.
 
     Raises:
@@ -83,7 +82,7 @@ def checkpoint_of(recipe: GeometryRecipe) -> Path:
     return Path(recipe.out) / "checkpoint.safetensors"
 
 
-def train_geometry(run: Training, recipe: GeometryRecipe, lessons: Lesson) -> Iterator[dict[str, float]]:
+def train_geometry(run: Training[TinyGeometry], recipe: GeometryRecipe, lessons: Lesson) -> Iterator[dict[str, float]]:
     """Train to the recipe's last step, yielding every step's numbers; checkpoints on the way and at the end."""
     validation = lessons_of(VALIDATION, recipe.model.patch, (0.0,)).map(lambda x: x.to(recipe.device))
     lessons = lessons.map(lambda x: x.to(recipe.device))
@@ -97,7 +96,7 @@ def train_geometry(run: Training, recipe: GeometryRecipe, lessons: Lesson) -> It
     _note_and_save(run, recipe, validation)
 
 
-def train_step(run: Training, recipe: GeometryRecipe, lessons: Lesson) -> dict[str, float]:
+def train_step(run: Training[TinyGeometry], recipe: GeometryRecipe, lessons: Lesson) -> dict[str, float]:
     """One step of AdamW on one batch of windows, and one of the average."""
     rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + run.step)
     share = run.step / recipe.num_steps
@@ -152,12 +151,12 @@ def mirrored(lesson: Lesson, axis: int) -> Lesson:
     )
 
 
-def _note_and_save(run: Training, recipe: GeometryRecipe, validation: Lesson) -> None:
+def _note_and_save(run: Training[TinyGeometry], recipe: GeometryRecipe, validation: Lesson) -> None:
     """A point of the curve and a checkpoint; a run that has just been resumed has both already."""
     if run.curve and run.curve[-1]["step"] == run.step:
         return
     with run.averaged() as network:
-        numbers = measure(predict(cast(TinyGeometry, network), validation), validation)
+        numbers = measure(predict(network, validation), validation)
     rounded = {name: round(value, 4) for name, value in numbers.items()}
     run.curve.append({"step": run.step, "seconds": round(run.seconds, 1)} | rounded)
     save_training(checkpoint_of(recipe), run, asdict(recipe))

@@ -5,19 +5,21 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vggrpo.bootstrap.assets import load_tensors, save_tensors
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass
-class Training:
+class Training(Generic[Network]):
     """All that a training is between two steps, with only the weights that require a gradient."""
 
-    network: nn.Module
+    network: Network
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor] = field(default_factory=dict)
     """Running average of each trained weight, by name."""
@@ -52,7 +54,7 @@ class Training:
             weight.copy_(kept)
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def averaged(self) -> Iterator[Network]:
         """The network with the average in place of its weights, for as long as the context lasts."""
         self.swap_average()
         try:
@@ -61,7 +63,7 @@ class Training:
             self.swap_average()
 
 
-def save_training(path: Path, training: Training, recipe: dict[str, Any]) -> None:
+def save_training(path: Path, training: Training[Any], recipe: dict[str, Any]) -> None:
     """Write the checkpoint; it replaces the one before in one stroke."""
     tensors: dict[str, Tensor] = {}
     for name, weight in training.trained():
@@ -72,7 +74,7 @@ def save_training(path: Path, training: Training, recipe: dict[str, Any]) -> Non
     save_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, notes)
 
 
-def load_training(path: Path, training: Training, recipe: dict[str, Any], may_change: Collection[str]) -> None:
+def load_training(path: Path, training: Training[Any], recipe: dict[str, Any], may_change: Collection[str]) -> None:
     """Bring a training to where `save_training` left it; without a file it stays where it is. Notes a changed plan.
 
     Raises:
@@ -109,7 +111,7 @@ def check_same_recipe(
 
 
 @torch.no_grad()
-def _restore(path: Path, training: Training, recipe: dict[str, Any], may_change: Collection[str]) -> None:
+def _restore(path: Path, training: Training[Any], recipe: dict[str, Any], may_change: Collection[str]) -> None:
     tensors, notes = load_tensors(path)
     check_same_recipe(path, notes["recipe"], recipe, may_change)
     for name in ("step", "seconds", "curve", "plans"):

@@ -15,21 +15,24 @@ from torch import Tensor
 from geometry.world import MOTIONS
 from vggrpo.bootstrap.assets import save_json, sha256
 from vggrpo.bootstrap.footage import render_footage
+from vggrpo.bootstrap.training import Training
 from vggrpo.bootstrap.vae import encode, load_vae
 from vggrpo.bootstrap.vae_card import card_text, result_lines
 from vggrpo.bootstrap.vae_eval import FIRST_SEED, evaluate_vae, reconstruct
 from vggrpo.bootstrap.vae_recipe import VaeRecipe
-from vggrpo.bootstrap.vae_run import VaeRun
 
 PER_FAMILY = 8
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICTURE = "reconstructions.png"
 
 
-def publish(run: VaeRun, recipe: VaeRecipe, path: str, clips: UInt8[Tensor, "N T 3 H W"]) -> list[str]:
+def publish(
+    run: Training[AutoencoderKLWan], recipe: VaeRecipe, path: str, clips: UInt8[Tensor, "N T 3 H W"]
+) -> list[str]:
     """Write the run's average to `recipe.asset` and measure what was written. Returns what to tell the user."""
     folder = Path(recipe.asset)
-    vae = copy.deepcopy(run.average).eval()
+    with run.averaged() as average:
+        vae = copy.deepcopy(average).eval().requires_grad_(False)
     mean, std = latent_statistics(vae, clips[:256].to(recipe.device))
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.half().save_pretrained(folder)

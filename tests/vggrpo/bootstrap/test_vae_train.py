@@ -12,8 +12,7 @@ from vggrpo.bootstrap import vae_train
 from vggrpo.bootstrap.footage import cached_footage
 from vggrpo.bootstrap.vae_eval import psnr, reconstruct
 from vggrpo.bootstrap.vae_recipe import VaeRecipe
-from vggrpo.bootstrap.vae_run import checkpoint_of, start_run
-from vggrpo.bootstrap.vae_train import Crop, draw_batch, draw_crop, train_vae
+from vggrpo.bootstrap.vae_train import Crop, checkpoint_of, draw_batch, draw_crop, start_run, train_vae
 from vggrpo.config import read_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -45,8 +44,8 @@ def finish(recipe, clips, stop=None):
 
 
 def same(run, other):
-    pairs = [*zip(run.vae.parameters(), other.vae.parameters(), strict=True)]
-    pairs += zip(run.average.parameters(), other.average.parameters(), strict=True)
+    pairs = [*zip(run.network.parameters(), other.network.parameters(), strict=True)]
+    pairs += zip(run.average.values(), other.average.values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -72,8 +71,8 @@ def test_a_finished_run_has_nothing_left_to_do(recipe, clips):
 
 def test_the_average_follows_and_is_not_the_weights(recipe, clips):
     run, _ = finish(recipe, clips)
-    assert not torch.equal(run.vae.decoder.conv_out.weight, run.average.decoder.conv_out.weight)
-    assert not any(weight.requires_grad for weight in run.average.parameters())
+    assert not torch.equal(run.network.decoder.conv_out.weight, run.average["decoder.conv_out.weight"])
+    assert not any(weight.requires_grad for weight in run.average.values())
 
 
 def test_training_repairs_a_faded_decoder(recipe, clips):
@@ -82,11 +81,11 @@ def test_training_repairs_a_faded_decoder(recipe, clips):
     linear = replace(recipe, start="linear", num_steps=60, lr=3e-3, checkpoint_every=100)
     run = start_run(linear, clips)
     with torch.no_grad():
-        run.vae.decoder.conv_out.weight.mul_(0.5)
-    faded = psnr(video, reconstruct(run.vae, video)).mean()
+        run.network.decoder.conv_out.weight.mul_(0.5)
+    faded = psnr(video, reconstruct(run.network, video)).mean()
     for _ in train_vae(run, linear, clips):
         pass
-    assert psnr(video, reconstruct(run.vae, video)).mean() > faded + 1.5
+    assert psnr(video, reconstruct(run.network, video)).mean() > faded + 1.5
 
 
 def test_another_recipe_is_refused_but_a_longer_run_is_not(recipe, clips):
