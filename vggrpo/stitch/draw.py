@@ -14,6 +14,8 @@ from vggrpo.stitch.noise import SHOWN
 
 WAYS = {"latent": "latent geometry model", "decoded": "decode, then the teacher"}
 SCATTERED = ("motion_smoothness", "reprojection_consistency")
+NO_NOISE = 3e-4
+"""Where no noise at all is drawn on a logarithmic axis."""
 DISTANCE = "distance of outputs from the teacher"
 SOURCES = ("latent model", "teacher", "barely trained")
 
@@ -31,9 +33,12 @@ def made(found: dict[str, Any], curve: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(14, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for layer in found["ranking"]:
-        name = f"{layer['mode']} {'x'.join(map(str, layer['kernel']))}, {layer['point'].split('.')[-1]}"
-        left.plot(layer["r2"], layer["total"], "o")
-        left.annotate(name, (layer["r2"], layer["total"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        block = int(layer["point"].split(".")[-1])
+        name = f"{layer['mode']} {'x'.join(map(str, layer['kernel']))}, block {block}"
+        left.plot(layer["r2"], layer["total"], "ox"[block % 2])
+        left.annotate(
+            name, (layer["r2"], layer["total"]), fontsize=7, xytext=(5, 3 - 10 * block), textcoords="offset points"
+        )
     left.margins(x=0.3, y=0.15)
     left.set(title="closed forms, held out", xlabel="$R^2$ of the tokens", ylabel=DISTANCE)
     middle.plot([p["step"] for p in curve], [p["total"] for p in curve], "o-")
@@ -63,11 +68,13 @@ def noise(rows: dict[str, list[dict[str, float]]]) -> Figure:
     for axes, names in ((above, words), (below, moved)):
         for axis, (name, title) in zip(axes, names.items(), strict=False):
             for way, label in WAYS.items():
-                points = [(max(row["level"], 3e-4), row[name]) for row in rows[way]]
+                shown = rows[way] if axes is above else rows[way][1:]  # what has not moved has no logarithm
+                points = [(max(row["level"], NO_NOISE), row[name]) for row in shown]
                 axis.plot(*zip(*points, strict=True), "o-", label=label)
-            axis.set(title=title, xscale="log", xlabel="noise / norm of the latents (left end: none)")
-    for axis in below[:3]:
-        axis.set_yscale("symlog", linthresh=1e-4)
+            axis.set(title=title, xscale="log", xlabel="noise / norm of the latents")
+            axis.set_yscale("linear" if axes is above else "log")
+    for axis in above:
+        axis.set(xlabel="noise / norm of the latents; left end: none", ylim=(0, None))
     below[3].axis("off")
     below[3].legend(*above[0].get_legend_handles_labels(), loc="center")
     return figure
@@ -92,6 +99,8 @@ def _scatter(axis: Axes, found: dict[str, Any], source: str, reward: str, colors
         x, y = ([value for i in rows for value in values[i]] for values in (truth, mine))
         axis.scatter(x, y, s=10, color=color, alpha=0.8, label=name)
     rank = found["spearman"][source][reward]["all"]
-    axis.set(title=f"{source}: {reward}, Spearman {rank:.2f}", xlabel="on the true geometry", ylabel="on the model's")
+    title = f"{reward}\n{source}: Spearman {rank:.2f}"
+    axis.set(title=title, xlabel="on the true geometry", ylabel="on the model's")
     if reward == "reprojection_consistency":
-        axis.set(xscale=("symlog"), yscale="symlog")
+        axis.set_xscale("symlog", linthresh=1e-4)
+        axis.set_yscale("symlog", linthresh=1e-2)
