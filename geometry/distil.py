@@ -48,7 +48,7 @@ class DistilConfig:
 
 
 def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
-    """Adapters in the tail and the heads, which change nothing yet. The backbone's own parameters need no gradient after it.
+    """Adapters in tail and heads, which change nothing yet. The backbone's own parameters need no gradient after it.
 
     Raises:
         ValueError: the tail has adapters already, or nothing in it can have them.
