@@ -31,7 +31,7 @@ def held_out_table(numbers: dict[str, dict[str, float]]) -> list[str]:
 
 def fidelity_table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     """Rank correlations over everything, and apart."""
-    kinds = ("all", "fine", "coarse", "within a clip")
+    kinds = ("all", "fine", "coarse", "answered faults", "within a clip")
     rows: dict[str, Sequence[float | str]] = {
         f"{reward}, {words}": [found[source][reward][kind] for kind in kinds]
         for reward in REWARDS

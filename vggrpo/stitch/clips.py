@@ -98,6 +98,7 @@ def check_generator(wan: Path, how: SamplingRecipe) -> None:
 @torch.no_grad()
 def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor, "N C L h w"]:
     """Latents of `num_samples` videos, one caption each, by the ODE with guidance."""
+    from vggrpo.flow import Velocity
     from vggrpo.guidance import classifier_free
     from vggrpo.policy.wan import load_encoders, wan_velocity
     from vggrpo.sampler import normal, ode_sample, time_grid
@@ -105,21 +106,20 @@ def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor
 
     check_generator(wan, how)
     transformer = load_transformer(wan).eval()
+
+    def told(text: Tensor) -> Velocity:
+        return lambda z, t: wan_velocity(transformer, z, torch.as_tensor(t).expand(len(z)), text)
+
     encode_text = load_encoders(wan, how.max_len, "cpu").text
     seeds, progress, parts = range(how.first_caption, how.first_caption + how.num_samples), Progress(), []
     grid, negative = time_grid(how.num_steps, how.shift), encode_text([""])
     for start in range(0, len(seeds), AT_ONCE):
         some = seeds[start : start + AT_ONCE]
         text = encode_text([caption.text for caption in draw_captions(some)])
-        empty = negative.expand_as(text)
-
-        def velocity(z: Tensor, t: Tensor, text: Tensor = text) -> Tensor:
-            return wan_velocity(transformer, z, t.expand(len(z)), text)
-
-        def unguided(z: Tensor, t: Tensor, text: Tensor = empty) -> Tensor:
-            return wan_velocity(transformer, z, t.expand(len(z)), text)
 
         noise = normal((len(some), vae.config.z_dim, 5, 8, 8), [torch.Generator().manual_seed(seed) for seed in some])
-        parts.append(ode_sample(classifier_free(velocity, unguided, how.guidance_scale), noise, grid))
+        parts.append(
+            ode_sample(classifier_free(told(text), told(negative.expand_as(text)), how.guidance_scale), noise, grid)
+        )
         progress(f"sampling: {start + len(some)} of {len(seeds)} videos")
     return torch.cat(parts)

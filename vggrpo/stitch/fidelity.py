@@ -7,6 +7,7 @@ length: nobody knows that of a sample.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -29,13 +30,26 @@ UNSEEN = ("depth_flicker",)
 """Faults of a geometry that no pixel can show."""
 COARSE, FINE = (0, 2, 4), (0.5, 1.0, 1.5)
 """Which of a perturbation's magnitudes; and multiples of its smallest."""
+
+
+def confident(scene: Geometry) -> Geometry:
+    """The half of each clip's pixels that the model is surest of; all of them where it does not say."""
+    if scene.confidence is None:
+        return scene
+    middle = scene.confidence.flatten(-3).median(-1).values[..., None, None, None]
+    return replace(scene, valid=scene.confidence > middle)
+
+
 REWARDS: dict[str, RewardFn] = {
     "motion_smoothness": motion_smoothness,
     "motion_smoothness, paper": partial(motion_smoothness, floor=0.0),
     "reprojection_consistency": reprojection_consistency,
+    "reprojection_consistency, surer half": lambda scene: reprojection_consistency(confident(scene)),
     "reprojection_consistency, paper": partial(reprojection_consistency, scale="absolute", exclude_self=False),
     "camera_motion_floor": camera_motion_floor,
 }
+CHANGES = 1e-3
+"""A true reward that changes less within a clip does not answer to a fault."""
 FIDELITY_BARS = {"motion_smoothness": 0.8, "reprojection_consistency": 0.6}
 """Rank correlation asked of the shipped model, over all clips, faults and magnitudes."""
 
@@ -90,6 +104,7 @@ def fidelity(
     """source -> reward -> rank correlation with the truth's.
 
     "all": over clips, faults and magnitudes; "fine", "coarse": of those magnitudes alone (and no fault at all).
+    "answered faults": of the faults that change the true reward of a clip, and none.
     "within a clip": over the versions of one clip, mean over clips, which is what a group of samples compares.
     "fault: ...": the same over the magnitudes of one fault; 0 where one of the two rewards does not change.
     """
@@ -105,11 +120,15 @@ def fidelity(
         for reward, mine in rewards.items():
             truth = values["truth"][reward]
             numbers = {kind: _pooled(mine[chosen], truth[chosen]) for kind, chosen in rows.items()}
-            numbers["within a clip"] = _within(mine, truth)
+            by_fault = {}
             for name in names:
                 chosen = [i for i, (other, _) in enumerate(listed) if other in ("none", name)]
-                numbers[f"fault: {name}"] = _within(mine[chosen], truth[chosen])
-            found[source][reward] = numbers
+                by_fault[name] = _within(mine[chosen], truth[chosen])
+            answered = ["none", *(name for name, x in by_fault.items() if not math.isnan(x))]
+            chosen = [i for i, (name, _) in enumerate(listed) if name in answered]
+            numbers["answered faults"] = _pooled(mine[chosen], truth[chosen])
+            numbers["within a clip"] = _within(mine, truth)
+            found[source][reward] = numbers | {f"fault: {name}": x for name, x in by_fault.items()}
     return found
 
 
@@ -142,6 +161,6 @@ def _within(mine: Float[Tensor, "versions clips"], truth: Float[Tensor, "version
     each = []
     for ours, theirs in zip(mine.T, truth.T, strict=True):
         both = ours.isfinite() & theirs.isfinite()
-        if int(both.sum()) > 2 and float(theirs[both].max() - theirs[both].min()) > 1e-4:
+        if int(both.sum()) > 2 and float(theirs[both].max() - theirs[both].min()) > CHANGES:
             each.append(spearman(ours[both].double(), theirs[both].double()))
     return sum(each) / len(each) if each else math.nan

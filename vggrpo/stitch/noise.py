@@ -7,6 +7,7 @@ from torch import Tensor
 from geometry.backbone import HookedBackbone
 from geometry.distance import output_distances
 from geometry.latent import LatentGeometryModel
+from geometry.types import Geometry
 from vggrpo.bootstrap.geometry_eval import measure
 from vggrpo.stitch.clips import decoded
 from vggrpo.stitch.judge import HeldOut, in_parts
@@ -24,7 +25,7 @@ def robustness(
     eps = eps * (_norm(clips.z) / _norm(eps))
     known = clips.lessons.intrinsics
     found: dict[str, list[dict[str, float]]] = {"latent": [], "decoded": []}
-    first = {}
+    first: dict[str, Geometry] = {}
     for level in LEVELS:
         z = clips.z + level * eps
         scenes = {"latent": in_parts(model, z, known), "decoded": in_parts(teacher, decoded(vae, z), known)}
