@@ -116,7 +116,6 @@ def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor
     for start in range(0, len(seeds), AT_ONCE):
         some = seeds[start : start + AT_ONCE]
         text = encode_text([caption.text for caption in draw_captions(some)])
-
         noise = normal((len(some), vae.config.z_dim, 5, 8, 8), [torch.Generator().manual_seed(seed) for seed in some])
         parts.append(
             ode_sample(classifier_free(told(text), told(negative.expand_as(text)), how.guidance_scale), noise, grid)
