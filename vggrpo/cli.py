@@ -169,8 +169,7 @@ def bootstrap_geometry(path: str, overrides: Sequence[str]) -> int:
     """Train the tiny geometry model, or go on where it stopped; measure it on fresh clips; write it with its card."""
     from vggrpo.bootstrap.geometry_publish import publish
     from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
-    from vggrpo.bootstrap.geometry_run import start_run
-    from vggrpo.bootstrap.geometry_train import load_lessons, train_geometry
+    from vggrpo.bootstrap.geometry_train import load_lessons, start_run, train_geometry
     from vggrpo.bootstrap.progress import Progress
 
     recipe, progress = read_recipe(GeometryRecipe, path, overrides), Progress()

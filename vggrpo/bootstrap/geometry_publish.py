@@ -14,8 +14,8 @@ from geometry.world import MOTIONS, make_clips
 from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
 from vggrpo.bootstrap.geometry_eval import report
 from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
-from vggrpo.bootstrap.geometry_run import GeometryRun
 from vggrpo.bootstrap.lesson import Lesson, lesson
+from vggrpo.bootstrap.training import Training
 from vggrpo.bootstrap.vae_publish import hardware
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -35,10 +35,11 @@ BARS = {
 """What is measured, the bar for a model trained on a CPU, and whether more (1) or less (-1) is better."""
 
 
-def publish(run: GeometryRun, recipe: GeometryRecipe, path: str) -> list[str]:
+def publish(run: Training, recipe: GeometryRecipe, path: str) -> list[str]:
     """Write the run's average to `recipe.asset` and measure what was written. Returns what to tell the user."""
     folder = Path(recipe.asset)
-    save_tensors(folder / WEIGHTS, {name: x.contiguous() for name, x in run.average.state_dict().items()})
+    with run.averaged() as network:
+        save_tensors(folder / WEIGHTS, {name: x.contiguous() for name, x in network.state_dict().items()})
     save_json(folder / CONFIG, asdict(recipe.model))
     card: dict[str, Any] = {
         "what": "RGB video in [0, 1] (and intrinsics, if known) to cameras, depth, confidence, points and scene flow",
@@ -52,7 +53,7 @@ def publish(run: GeometryRun, recipe: GeometryRecipe, path: str) -> list[str]:
         "plans": run.plans,
         "hours": round(run.seconds / 3600, 3),
         "hardware": hardware(recipe.device),
-        "parameters": sum(weight.numel() for weight in run.average.parameters()),
+        "parameters": sum(weight.numel() for weight in run.network.parameters()),
         "curve": run.curve,
         "sha256": {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)},
     }

@@ -1,27 +1,29 @@
 """Training the geometry model on the world's truth, resumable to the bit.
 
 Every step draws from a generator of its own, seeded by the run's seed and the step, so that nothing but weights, their
-average, Adam's moments and the step has to be kept (`geometry_run.py`).
+average, Adam's moments and the step has to be kept (`training.py`).
 """
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geometry.models.tiny import TinyGeometry
 from geometry.world import make_clips
 from vggrpo.bootstrap.assets import load_tensors, save_tensors
 from vggrpo.bootstrap.geometry_eval import measure, predict
 from vggrpo.bootstrap.geometry_loss import losses, truth
-from vggrpo.bootstrap.geometry_recipe import Batch, GeometryRecipe
-from vggrpo.bootstrap.geometry_run import GeometryRun, save_run
+from vggrpo.bootstrap.geometry_recipe import MAY_CHANGE, Batch, GeometryRecipe
 from vggrpo.bootstrap.lesson import Lesson, lesson
 from vggrpo.bootstrap.progress import Progress
+from vggrpo.bootstrap.training import Training, load_training, save_training
 
 JITTER = (0.0, 0.0, 0.15, 0.0, 0.6, 0.3)
 """Degrees of hand-held shake that groups of clips take in turn."""
@@ -60,7 +62,28 @@ def load_lessons(recipe: GeometryRecipe) -> Lesson:
     return Lesson(**tensors)
 
 
-def train_geometry(run: GeometryRun, recipe: GeometryRecipe, lessons: Lesson) -> Iterator[dict[str, float]]:
+def start_run(recipe: GeometryRecipe) -> Training:
+    """A training at step 0, or where the checkpoint in `recipe.out` left it.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or was made by another recipe.
+    """
+    torch.manual_seed(recipe.seed)
+    network = TinyGeometry(recipe.model).to(recipe.device)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+    )
+    run = Training(network, optimizer)
+    load_training(checkpoint_of(recipe), run, asdict(recipe), MAY_CHANGE)
+    return run
+
+
+def checkpoint_of(recipe: GeometryRecipe) -> Path:
+    """Where a run is kept."""
+    return Path(recipe.out) / "checkpoint.safetensors"
+
+
+def train_geometry(run: Training, recipe: GeometryRecipe, lessons: Lesson) -> Iterator[dict[str, float]]:
     """Train to the recipe's last step, yielding every step's numbers; checkpoints on the way and at the end."""
     validation = lessons_of(VALIDATION, recipe.model.patch, (0.0,)).map(lambda x: x.to(recipe.device))
     lessons = lessons.map(lambda x: x.to(recipe.device))
@@ -74,7 +97,7 @@ def train_geometry(run: GeometryRun, recipe: GeometryRecipe, lessons: Lesson) ->
     _note_and_save(run, recipe, validation)
 
 
-def train_step(run: GeometryRun, recipe: GeometryRecipe, lessons: Lesson) -> dict[str, float]:
+def train_step(run: Training, recipe: GeometryRecipe, lessons: Lesson) -> dict[str, float]:
     """One step of AdamW on one batch of windows, and one of the average."""
     rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + run.step)
     share = run.step / recipe.num_steps
@@ -91,11 +114,7 @@ def train_step(run: GeometryRun, recipe: GeometryRecipe, lessons: Lesson) -> dic
     run.optimizer.param_groups[0]["lr"] = lr
     if bool(norm.isfinite()):  # a pair of frames without any texture can leave the solver without an answer
         run.optimizer.step()
-    run.step += 1
-    decay = min(recipe.average, (run.step + 1) / (run.step + 10))
-    with torch.no_grad():
-        for mean, weight in zip(run.average.parameters(), run.network.parameters(), strict=True):
-            mean.lerp_(weight, 1 - decay)
+    run.update_average(recipe.average)
     return {"step": float(run.step), "lr": lr, "grad_norm": norm.item()} | {name: x.item() for name, x in terms.items()}
 
 
@@ -133,11 +152,12 @@ def mirrored(lesson: Lesson, axis: int) -> Lesson:
     )
 
 
-def _note_and_save(run: GeometryRun, recipe: GeometryRecipe, validation: Lesson) -> None:
+def _note_and_save(run: Training, recipe: GeometryRecipe, validation: Lesson) -> None:
     """A point of the curve and a checkpoint; a run that has just been resumed has both already."""
     if run.curve and run.curve[-1]["step"] == run.step:
         return
-    numbers = measure(predict(run.average, validation), validation)
+    with run.averaged() as network:
+        numbers = measure(predict(cast(TinyGeometry, network), validation), validation)
     rounded = {name: round(value, 4) for name, value in numbers.items()}
     run.curve.append({"step": run.step, "seconds": round(run.seconds, 1)} | rounded)
-    save_run(run, recipe)
+    save_training(checkpoint_of(recipe), run, asdict(recipe))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Training:
     """On the clock, over all resumptions, without evaluations."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """What was measured at each checkpoint."""
+    plans: list[list[int]] = field(default_factory=list)
+    """[step, num_steps] of the start and of every resumption that changed `num_steps`, and with it all schedules."""
 
     def __post_init__(self) -> None:
         self.average = {name: weight.detach().clone() for name, weight in self.trained()}
@@ -48,6 +51,15 @@ class Training:
             self.average[name], kept = weight.detach().clone(), self.average[name]
             weight.copy_(kept)
 
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network with the average in place of its weights, for as long as the context lasts."""
+        self.swap_average()
+        try:
+            yield self.network
+        finally:
+            self.swap_average()
+
 
 def save_training(path: Path, training: Training, recipe: dict[str, Any]) -> None:
     """Write the checkpoint; it replaces the one before in one stroke."""
@@ -56,32 +68,20 @@ def save_training(path: Path, training: Training, recipe: dict[str, Any]) -> Non
         tensors[f"weight.{name}"], tensors[f"average.{name}"] = weight.detach(), training.average[name]
         for key, moment in training.optimizer.state.get(weight, {}).items():
             tensors[f"{key}.{name}"] = moment
-    notes = {"step": training.step, "seconds": training.seconds, "curve": training.curve, "recipe": recipe}
+    notes = {name: getattr(training, name) for name in ("step", "seconds", "curve", "plans")} | {"recipe": recipe}
     save_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, notes)
 
 
-@torch.no_grad()
 def load_training(path: Path, training: Training, recipe: dict[str, Any], may_change: Collection[str]) -> None:
-    """Bring a training to where `save_training` left it; without a file it stays where it is.
+    """Bring a training to where `save_training` left it; without a file it stays where it is. Notes a changed plan.
 
     Raises:
         ValueError: the checkpoint is damaged, or differs from the recipe in a field that is not in `may_change`.
     """
-    if not path.exists():
-        return
-    tensors, notes = load_tensors(path)
-    check_same_recipe(path, notes["recipe"], recipe, may_change)
-    training.step, training.seconds, training.curve = notes["step"], notes["seconds"], notes["curve"]
-    moments: dict[Any, Any] = training.optimizer.state
-    for name, weight in training.trained():
-        weight.copy_(tensors[f"weight.{name}"])
-        training.average[name] = tensors[f"average.{name}"].to(weight)
-        if f"exp_avg.{name}" in tensors:
-            moments[weight] = {
-                "step": tensors[f"step.{name}"],
-                "exp_avg": tensors[f"exp_avg.{name}"].to(weight),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(weight),
-            }
+    if path.exists():
+        _restore(path, training, recipe, may_change)
+    if not training.plans or training.plans[-1][1] != recipe["num_steps"]:
+        training.plans.append([training.step, recipe["num_steps"]])
 
 
 def check_same_recipe(
@@ -106,3 +106,21 @@ def check_same_recipe(
                 f"{path} was made with {name} {was!r} and the recipe says {now!r}: "
                 "restore it, or set another `out` to start anew"
             )
+
+
+@torch.no_grad()
+def _restore(path: Path, training: Training, recipe: dict[str, Any], may_change: Collection[str]) -> None:
+    tensors, notes = load_tensors(path)
+    check_same_recipe(path, notes["recipe"], recipe, may_change)
+    for name in ("step", "seconds", "curve", "plans"):
+        setattr(training, name, notes[name])
+    moments: dict[Any, Any] = training.optimizer.state
+    for name, weight in training.trained():
+        weight.copy_(tensors[f"weight.{name}"])
+        training.average[name] = tensors[f"average.{name}"].to(weight)
+        if f"exp_avg.{name}" in tensors:
+            moments[weight] = {
+                "step": tensors[f"step.{name}"],
+                "exp_avg": tensors[f"exp_avg.{name}"].to(weight),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(weight),
+            }

@@ -12,8 +12,7 @@ from vggrpo.bootstrap.assets import read_card
 from vggrpo.bootstrap.geometry_eval import measure, predict
 from vggrpo.bootstrap.geometry_publish import BARS, card_text, held_out, load_geometry, publish, table
 from vggrpo.bootstrap.geometry_recipe import Batch, GeometryRecipe
-from vggrpo.bootstrap.geometry_run import start_run
-from vggrpo.bootstrap.geometry_train import lessons_of
+from vggrpo.bootstrap.geometry_train import lessons_of, start_run
 
 ASSET = Path(__file__).parents[3] / "assets" / "tiny-geometry"
 SMALL = TinyConfig(encoder_layers=1, dim=48, pairs=(1, 1))
@@ -36,8 +35,8 @@ def test_what_was_written_comes_back(asset):
     with torch.no_grad():
         scene = backbone(video)
     check_geometry(scene)
-    wanted = start_run(GeometryRecipe(model=SMALL, out=str(asset / "nothing"))).average
-    assert all(torch.equal(a, b) for a, b in zip(backbone.module.parameters(), wanted.parameters(), strict=True))
+    wanted = start_run(GeometryRecipe(model=SMALL, out=str(asset / "nothing"))).average.values()
+    assert all(torch.equal(a, b) for a, b in zip(backbone.module.parameters(), wanted, strict=True))
     assert set(read_card(asset)["held_out"]["all"]) == set(BARS)
     assert "| all |" in card_text(read_card(asset))
 
