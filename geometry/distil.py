@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from geometry.distance import OutputWeights, output_distances
+from geometry.hooks import recorded
 from geometry.latent import LatentGeometryModel
 from geometry.stitch import Sample, student, teach
 
@@ -39,12 +40,14 @@ class DistilConfig:
     """Its scale, times the rank."""
     weights: OutputWeights = field(default_factory=OutputWeights)
     """What each output's distance counts for."""
+    matched: float = 0.0
+    """What the mean L1 distance of the outputs of the spec's `matched` modules counts for, in their own units."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rank < 1 or self.alpha < 1 or not 0 <= self.warmup < self.steps:
             raise ValueError(f"steps, rank and alpha must be >= 1 and warmup in [0, steps), got {self}")
-        if min(self.lr, self.connector, self.clip) <= 0 or self.weight_decay < 0:
-            raise ValueError(f"lr, connector and clip must be > 0, weight_decay >= 0, got {self}")
+        if min(self.lr, self.connector, self.clip) <= 0 or min(self.weight_decay, self.matched) < 0:
+            raise ValueError(f"lr, connector and clip must be > 0, weight_decay and matched >= 0, got {self}")
 
 
 def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
@@ -101,14 +104,20 @@ def start(model: LatentGeometryModel, config: DistilConfig) -> torch.optim.AdamW
 def distil_step(
     model: LatentGeometryModel, sample: Sample, optimizer: torch.optim.AdamW, step: int, config: DistilConfig
 ) -> dict[str, float]:
-    """Train on one batch, the `step`-th from 0: every output's distance and the loss before it, and its gradient.
+    """Train on one batch, the `step`-th from 0: each distance (outputs, matched modules), loss and gradient before it.
 
     A batch whose gradient is not finite changes nothing, and `gradient` says so.
     """
     rate = config.lr * learning_rate(step, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    distances = output_distances(student(model, sample), teach(model, sample))
-    loss = config.weights.total(distances).mean()
+    module, matched = model.backbone.module, model.backbone.spec.matched
+    with recorded(module, matched) as ours:
+        scene = student(model, sample)
+    with recorded(module, matched) as theirs:
+        wanted = teach(model, sample)
+    distances = output_distances(scene, wanted)
+    gaps = {path: (ours[path] - theirs[path]).abs().mean() for path in matched}
+    loss = config.weights.total(distances).mean() + config.matched * sum(gaps.values())
     for group in optimizer.param_groups:
         group["lr"] = group["share"] * rate
     optimizer.zero_grad()
@@ -116,7 +125,7 @@ def distil_step(
     gradient = nn.utils.clip_grad_norm_(parameters, config.clip)
     if gradient.isfinite():
         optimizer.step()
-    record = {name: float(x.detach().mean()) for name, x in distances.items()}
+    record = {name: float(x.detach().mean()) for name, x in (distances | gaps).items()}
     return {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": rate}
 
 

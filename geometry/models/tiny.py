@@ -221,7 +221,14 @@ def spec(config: TinyConfig) -> BackboneSpec:
     ]
     heads = ("correlation", "merge", "from_class", "from_focal", "coarse", "focal", "from_solved", "expand")
     return BackboneSpec(
-        config.patch, config.encoder_dim, NUM_PREFIX, (*encoder, *tail), encoder, "unit", (*heads, "dense", "fine")
+        config.patch,
+        config.encoder_dim,
+        NUM_PREFIX,
+        (*encoder, *tail),
+        encoder,
+        "unit",
+        (*heads, "dense", "fine"),
+        ("correlation",),
     )
 
 
