@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vggrpo.bootstrap.geometry_publish import BARS, PER_KIND
+from vggrpo.bootstrap.geometry_publish import BARS
 from vggrpo.stitch.fidelity import COARSE, FIDELITY_BARS, FINE, REWARDS, UNSEEN, blind
 from vggrpo.stitch.judge import RATIO_BAR, ratios
 from vggrpo.stitch.noise import SHOWN
@@ -58,6 +58,8 @@ def verdicts(report: dict[str, Any]) -> list[str]:
 def card_text(card: dict[str, Any]) -> str:
     """The asset's README."""
     report, recipe = card["report"], card["recipe"]
+    first, last = card["seeds"]["held out"]
+    held_out = (last - first + 1) // card["seeds"]["held out, every"]
     held, modes, spearman = report["held_out"], report["modes"], report["fidelity"]["spearman"]
     kinds = {
         f"{kind}: {name}": [numbers[name].get(k, float("nan")) for k in BARS]
@@ -116,7 +118,7 @@ def card_text(card: dict[str, Any]) -> str:
         "",
         "![Ranking of the closed forms, distillation, errors](made.png)",
         "",
-        f"## Against the truth: {10 * PER_KIND} steady clips, {PER_KIND} of each camera motion, intrinsics given",
+        f"## Against the truth: {held_out} steady clips, {held_out // 10} of each camera motion, intrinsics given",
         "",
         *held_out_table(held["all"]),
         "",
@@ -125,7 +127,7 @@ def card_text(card: dict[str, Any]) -> str:
         "",
         *table(["clips", *BARS], kinds),
         "",
-        "Rows from `focal length unknown` on are of every second clip. Controls must fail.",
+        "Rows from `focal length unknown` on are of every second of them, as are the time modes' below. Controls must fail.",
         "",
         "## Distance from the teacher, output by output (`geometry/distance.py`)",
         "",

@@ -14,7 +14,7 @@ from geometry.latent import LatentGeometryModel
 from geometry.types import Geometry
 from vggrpo.bootstrap.vae import decode, denormalise
 
-REPEATS = 5
+REPEATS = 3
 
 
 def cost(

@@ -13,7 +13,7 @@ from vggrpo.stitch.card import card_text, fidelity_table, held_out_table
 from vggrpo.stitch.draw import draw_all
 from vggrpo.stitch.fidelity import FIRST_SEED
 from vggrpo.stitch.recipe import StitchRecipe
-from vggrpo.stitch.run import HELD_OUT, RANKED_ON, sources
+from vggrpo.stitch.run import EVERY, HELD_OUT, RANKED_ON, sources
 
 
 def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[str, Any]) -> list[str]:
@@ -33,6 +33,7 @@ def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[s
             "samples": recipe.sampling.num_samples,
             "ranking": [RANKED_ON, RANKED_ON + recipe.ranking_clips - 1],
             "held out": [HELD_OUT, HELD_OUT + 10 * PER_KIND - 1],
+            "held out, every": EVERY,
             "fidelity": [FIRST_SEED, FIRST_SEED + recipe.fidelity_clips - 1],
         },
         "point": model.point,

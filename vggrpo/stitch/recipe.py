@@ -90,9 +90,9 @@ class StitchRecipe:
     """Decay of the weights' running average, which is what is measured and shipped."""
     checkpoint_every: int = 100
     """Steps between checkpoints, each with a point of the curve."""
-    fidelity_clips: int = 5
+    fidelity_clips: int = 4
     """Clips that are spoilt in every way of the catalogue."""
-    noise_clips: int = 10
+    noise_clips: int = 8
     """Clips whose latents are perturbed."""
 
     def __post_init__(self) -> None:
