@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geometry.cameras import pinhole, pixel_grid, unproject
@@ -164,12 +164,11 @@ class Referee(nn.Module):
         witness = self.witness(F.gelu(x)).unflatten(0, (B, T))
         x = self.late_half(self.merge_half(torch.cat([_twice(x), half], dim=1)), T)
         maps = F.pixel_shuffle(self.out(F.gelu(x)), 2).unflatten(0, (B, T))
-        _, _, slot = edges(T)
         return Impression(
             maps[:, :, 0],
             (maps[:, :, 1] - 1.0).clamp(*DOUBT),
             maps[:, :, 2],
-            witness.flatten(1, 2)[:, tracks.source * SLOTS + slot].clamp(*WITNESS),
+            witness.flatten(1, 2)[:, tracks.source * SLOTS + _slots(tracks, T)].clamp(*WITNESS),
         )
 
 
@@ -197,8 +196,8 @@ def _cues(tracks: Tracks, T: int, known: tuple[Tensor, Tensor] | None) -> Float[
     """Of each cell and each frame that its own is compared with, zero where there is none: displacement, how sharp it
     is and in which direction, how far it is from leading back, that it exists, and what the cameras leave of it. Then
     how the adjustment changed its depth, and whether there was one."""
-    source, _, slot = edges(T)
     B, _, h, w, _ = tracks.flow.shape
+    slot = _slots(tracks, T)
     pace = tracks.flow.new_tensor(STRIDES)[slot // 2][:, None, None]
     xx, xy, yy = (tracks.information[..., i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
     total = (xx + yy).clamp(min=1e-4)
@@ -206,11 +205,15 @@ def _cues(tracks: Tracks, T: int, known: tuple[Tensor, Tensor] | None) -> Float[
     slip = torch.zeros_like(flow) if known is None else (known[0] / 2).clamp(-3, 3)
     maps = [*flow.unbind(-1), total.log() / 4, (xx - yy) / total, 2 * xy / total, tracks.loop.clamp(max=4) / 2]
     values = torch.stack([*maps, torch.ones_like(total), *slip.unbind(-1)], dim=2)
-    table = values.new_zeros(B, T * SLOTS, *values.shape[2:]).index_copy(1, source * SLOTS + slot, values)
+    table = values.new_zeros(B, T * SLOTS, *values.shape[2:]).index_copy(1, tracks.source * SLOTS + slot, values)
     change = values.new_zeros(B, T, 2, h, w)
     if known is not None:
         change = torch.stack([known[1].clamp(-1, 1), torch.ones_like(known[1])], dim=2)
     return torch.cat([table.unflatten(1, (T, SLOTS)).flatten(2, 3), change], dim=2)
+
+
+def _slots(tracks: Tracks, T: int) -> Int[Tensor, " E"]:
+    return edges(T)[2].to(tracks.source.device)
 
 
 def _rays(intrinsics: Float[Tensor, "B T 3 3"], video: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B T 2 H W"]:

@@ -59,7 +59,7 @@ def edges(T: int) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"], Int[Tensor, " E
 def follow(video: Float[Tensor, "B T 3 H W"]) -> Tracks:
     """Displacements between all frames one, two and four apart, both ways; sides must be multiples of `CELL`."""
     B, T, _, H, W = video.shape
-    source, target, _ = edges(T)
+    source, target, _ = (x.to(video.device) for x in edges(T))
     pyramid = {level: F.avg_pool2d(video.flatten(0, 1), level).unflatten(0, (B, T)) for level in LEVELS}
     flows = [video.new_zeros(B, 0, 2, H // CELL, W // CELL)]
     sharp, loops, near = [video.new_zeros(B, 0, 3, H // CELL, W // CELL)], [flows[0][:, :, 0]], None

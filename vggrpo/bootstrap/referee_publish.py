@@ -28,9 +28,9 @@ CONFUSED = ("referee, clips", "referee, after the VAE")
 
 
 def publish(run: Training[Referee], recipe: RefereeRecipe, path: str) -> list[str]:
-    """Write the run's average to `recipe.asset` and measure what was written. Returns what to tell the user."""
+    """Write the average in fp16 to `recipe.asset` and measure what was written. Returns what to tell the user."""
     folder = Path(recipe.asset)
-    save_tensors(folder / WEIGHTS, {name: x.contiguous() for name, x in run.average.items()})
+    save_tensors(folder / WEIGHTS, {name: x.half().contiguous() for name, x in run.average.items()})
     save_json(folder / CONFIG, asdict(recipe.model))
     card: dict[str, Any] = {
         "what": "RGB video in [0, 1] (and intrinsics, if known) to cameras, depth, confidence, points and scene flow",
@@ -99,6 +99,7 @@ def verbs_table(found: dict[str, Any]) -> list[str]:
 def verbs_text(found: dict[str, Any]) -> str:
     """The part of the card that is about verbs."""
     lines = [
+        "",
         "## The camera verb, read from the path",
         "",
         "`vggrpo.bootstrap.verbs.read_motion` compares a path with the world's families of paths, without training. Of",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from geometry.cameras import relative
 from geometry.models.referee import RefereeConfig
 from geometry.models.referee_cameras import Impression
 from geometry.models.referee_flow import CELL, follow
@@ -13,8 +14,8 @@ from geometry.types import check_geometry
 from geometry.world import make_clips
 from vggrpo.bootstrap import referee_data, referee_publish
 from vggrpo.bootstrap.assets import read_card
-from vggrpo.bootstrap.geometry_eval import predict
-from vggrpo.bootstrap.geometry_publish import BARS
+from vggrpo.bootstrap.geometry_eval import measure, predict
+from vggrpo.bootstrap.geometry_publish import BARS, held_out
 from vggrpo.bootstrap.geometry_recipe import Batch
 from vggrpo.bootstrap.geometry_train import lessons_of
 from vggrpo.bootstrap.referee_data import Exam, blur, degrade, load_exams
@@ -33,6 +34,7 @@ from vggrpo.bootstrap.referee_train import (
 )
 from vggrpo.bootstrap.training import save_training
 from vggrpo.bootstrap.vae import build_vae
+from vggrpo.bootstrap.verbs_eval import commands, read, score
 
 ASSET = Path(__file__).parents[3] / "assets" / "tiny-referee"
 SMALL = RefereeConfig((8, 16, 16, 16))
@@ -223,3 +225,32 @@ def test_other_bytes_are_refused(asset):
         load_referee(asset)
     weights.write_bytes(whole)
     load_referee(asset)
+
+
+def test_the_shipped_referee_sees_which_way_a_camera_turned():
+    """One quick look at the asset: a pan and its mirror image in time, and a frozen clip."""
+    referee, clip = load_referee(ASSET), make_clips([9_600_000], motion="pan")
+    there = referee(clip.video, clip.geometry.intrinsics)
+    back = referee(clip.video.flip(1), clip.geometry.intrinsics)
+    frozen = referee(clip.video[:, :1].expand(-1, 17, -1, -1, -1), clip.geometry.intrinsics)
+    assert [read(scene)[0][0] for scene in (there, back, frozen)] == ["pan", "pan", "static"]
+    assert read(there)[0][1] == -read(back)[0][1] != 0
+    off = relative(there.c2w)[..., :3, :3].mT @ relative(clip.geometry.c2w)[..., :3, :3]
+    assert (off.diagonal(dim1=-2, dim2=-1).sum(-1) > 2.999).all()
+
+
+@pytest.mark.slow
+def test_the_shipped_numbers_hold_on_fresh_seeds():
+    """Other seeds than the card's: within sampling error of its numbers, and on the same side of a constant answer."""
+    card, referee = read_card(ASSET), load_referee(ASSET)
+    first = int(torch.randint(20_000_000, 2**31, ()))
+    print("first seed", first)
+    lessons, _ = held_out(CELL, first=first)
+    scene = predict(referee, lessons)
+    found, numbers = measure(scene, lessons), card["held_out"]
+    for name, (_, _, sign) in BARS.items():
+        # A third of the way to the constant answer is more than 80 clips differ from 80 others.
+        slack = abs(numbers["control: constant"][name] - numbers["all"][name]) / 3
+        assert sign * (found[name] - numbers["all"][name]) > -slack, name
+    share = score(read(scene), commands(first))["verb and side"]
+    assert share > card["verbs"]["scores"]["referee, clips"]["verb and side"] - 0.15
