@@ -50,7 +50,7 @@ def made(found: dict[str, Any], curve: Sequence[dict[str, Any]]) -> Figure:
     right.axhline(1, color="black", linewidth=0.8)
     right.axhline(RATIO_BAR, color="grey", linestyle="--", linewidth=0.8, label=f"bar {RATIO_BAR}")
     right.set_xticks(range(len(BARS)), list(BARS), rotation=30, ha="right")
-    right.set(title="errors to the truth, in the teacher's", ylim=(0, 2.5))
+    right.set(title="errors to the truth, in the teacher's", ylim=(0, None))
     right.legend(fontsize=7)
     return figure
 
