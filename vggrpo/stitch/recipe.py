@@ -1,6 +1,7 @@
 """All that decides a latent geometry model, read from `launch/recipes/stitch/tiny.yaml`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from geometry.distil import DistilConfig
 from geometry.latent import TimeMode
@@ -76,8 +77,8 @@ class StitchRecipe:
     """Held-out clips that layers are ranked and the distillation's curve is measured on."""
     point: str | None = None
     """Where to stitch; by default where the outputs come closest to the teacher's."""
-    mode: TimeMode | None = None
-    """Time mode to ship; by default the better one of those with a map for every video frame."""
+    mode: Literal["frames", "phases"] | None = None
+    """Time mode to ship; by default the better one. "latent" is reported beside it, if there is a connector for it."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     """Of the model that ships."""
     latent_steps: int = 0

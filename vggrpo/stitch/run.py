@@ -97,7 +97,8 @@ def report(recipe: StitchRecipe, vae: AutoencoderKLWan, ranked: list[Ranked], ma
     lessons, motions = held_out(teacher.spec.patch, first=HELD_OUT)
     lessons, motions = lessons.map(lambda x: x[::EVERY]), motions[::EVERY]
     clips = HeldOut(lessons, motions, latents_of(vae, lessons.video.float() / 255))
-    stamp = {"steps": {name: made[name]["steps"] for name in made}}
+    stamp: dict[str, Any] = {"steps": {name: made[name]["steps"] for name in made}}
+    stamp |= {"fidelity_clips": recipe.fidelity_clips, "noise_clips": recipe.noise_clips}
 
     def once(name: str, compute: Callable[[], Any]) -> Any:
         path = out / "report" / f"{name}.json"
