@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
     args = parser.parse_args(argv)
     try:
-        status: int = args.action(args.recipe, args.overrides)
+        status: int = args.run(args)
     except ValueError as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
@@ -129,22 +129,29 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
 
 def sft_recipe(path: str, overrides: Sequence[str]) -> int:
     """Finetune a video model on clips, or go on where it stopped: flow matching on cached latents."""
-    from pathlib import Path
-
     from vggrpo.bootstrap.progress import Progress
-    from vggrpo.data import encode_clips
-    from vggrpo.policy.wan import load_encoders
-    from vggrpo.sft import save_result, start_sft, train_sft
+    from vggrpo.sft import finetune, save_result
     from vggrpo.sft_config import SftRecipe
 
-    recipe, progress = read_recipe(SftRecipe, path, overrides), Progress()
-    encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
-    data, held_out = (encode_clips(clips, encoders, progress) for clips in (recipe.data, recipe.held_out))
-    del encoders  # the training needs their memory, not them
-    training = start_sft(recipe, data)
-    for loss in train_sft(training, recipe, data, held_out):
-        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.4f}")
+    recipe = read_recipe(SftRecipe, path, overrides)
+    training = finetune(recipe, Progress())
     print(f"wrote {save_result(training, recipe)}", *training.curve, sep="\n")
+    return 0
+
+
+def bootstrap_generator(path: str, overrides: Sequence[str]) -> int:
+    """Train the tiny text-to-video transformer, or go on where it stopped; write the whole pipeline with its card."""
+    from pathlib import Path
+
+    from vggrpo.bootstrap.generator import GeneratorRecipe, publish_generator
+    from vggrpo.bootstrap.generator_eval import load_reader
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.sft import finetune
+
+    recipe = read_recipe(GeneratorRecipe, path, overrides)
+    reader = load_reader(Path(recipe.referee))  # its absence is known before the training, not after
+    training = finetune(recipe.training, Progress())
+    print(*publish_generator(training, recipe, path, reader), sep="\n")
     return 0
 
 
@@ -209,7 +216,7 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
     command.add_argument("recipe", help=f"YAML, such as {example}")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
-    command.set_defaults(action=action)
+    command.set_defaults(run=lambda args: action(args.recipe, args.overrides))
 
 
 def _latents(z0: Tensor) -> Tensor:
@@ -219,6 +226,7 @@ def _latents(z0: Tensor) -> Tensor:
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "train": train_recipe}
 STAGES: dict[str, Action] = {
+    "generator": bootstrap_generator,
     "geometry": bootstrap_geometry,
     "referee": bootstrap_referee,
     "text": bootstrap_text,
