@@ -75,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = bootstrap.add_subparsers(dest="stage", required=True)
     for name, stage in STAGES.items():
         _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
+    measure = stages.add_parser("eval", help=bootstrap_eval.__doc__, description=bootstrap_eval.__doc__)
+    measure.add_argument("stages", nargs="*", metavar="stage", help="all, if none is named")
+    measure.add_argument("--seed", type=int, help="first seed of the clips; drawn and printed if it is not given")
+    measure.add_argument("--strict", action="store_true", help="a missed bar is status 1")
+    measure.set_defaults(run=lambda args: bootstrap_eval(args.stages, args.seed, args.strict))
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
@@ -210,6 +215,17 @@ def bootstrap_referee(path: str, overrides: Sequence[str]) -> int:
         )
     print(*publish(run, recipe, path), sep="\n")
     return 0
+
+
+def bootstrap_eval(stages: Sequence[str], seed: int | None, strict: bool) -> int:
+    """Measure the shipped assets again, on fresh seeds, and print the numbers beside their bars."""
+    from vggrpo.bootstrap.evaluation import evaluate, lines
+
+    first_seed = 10**8 + 10**5 * int(torch.randint(10**4, ()).item()) if seed is None else seed
+    print(f"seeds from {first_seed}")
+    found = evaluate(stages, first_seed)
+    print(*lines(found), sep="\n")
+    return 1 if strict and any(row.missed() for rows in found.values() for row in rows) else 0
 
 
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
