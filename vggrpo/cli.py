@@ -75,9 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = bootstrap.add_subparsers(dest="stage", required=True)
     for name, stage in STAGES.items():
         _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
+    measure = stages.add_parser("eval", help=bootstrap_eval.__doc__, description=bootstrap_eval.__doc__)
+    measure.add_argument("stages", nargs="*", metavar="stage", help="all, if none is named")
+    measure.add_argument("--seed", type=int, help="first seed of the clips; drawn and printed if it is not given")
+    measure.add_argument("--strict", action="store_true", help="a missed bar is status 1")
+    measure.set_defaults(run=lambda args: bootstrap_eval(args.stages, args.seed, args.strict))
     args = parser.parse_args(argv)
     try:
-        status: int = args.action(args.recipe, args.overrides)
+        status: int = args.run(args)
     except ValueError as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
@@ -129,21 +134,12 @@ def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
 
 def sft_recipe(path: str, overrides: Sequence[str]) -> int:
     """Finetune a video model on clips, or go on where it stopped: flow matching on cached latents."""
-    from pathlib import Path
-
     from vggrpo.bootstrap.progress import Progress
-    from vggrpo.data import encode_clips
-    from vggrpo.policy.wan import load_encoders
-    from vggrpo.sft import save_result, start_sft, train_sft
+    from vggrpo.sft import finetune, save_result
     from vggrpo.sft_config import SftRecipe
 
-    recipe, progress = read_recipe(SftRecipe, path, overrides), Progress()
-    encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
-    data, held_out = (encode_clips(clips, encoders, progress) for clips in (recipe.data, recipe.held_out))
-    del encoders  # the training needs their memory, not them
-    training = start_sft(recipe, data)
-    for loss in train_sft(training, recipe, data, held_out):
-        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.4f}")
+    recipe = read_recipe(SftRecipe, path, overrides)
+    training = finetune(recipe, Progress())
     print(f"wrote {save_result(training, recipe)}", *training.curve, sep="\n")
     return 0
 
@@ -162,6 +158,22 @@ def stitch_recipe(path: str, overrides: Sequence[str]) -> int:
     vae = load_vae(Path(recipe.wan) / "vae")
     ranked, made = make_model(recipe, vae)
     print(*publish(recipe, path, report(recipe, vae, ranked, made), made), sep="\n")
+    return 0
+
+
+def bootstrap_generator(path: str, overrides: Sequence[str]) -> int:
+    """Train the tiny text-to-video transformer, or go on where it stopped; write the whole pipeline with its card."""
+    from pathlib import Path
+
+    from vggrpo.bootstrap.generator import GeneratorRecipe, publish_generator
+    from vggrpo.bootstrap.generator_eval import load_reader
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.sft import finetune
+
+    recipe = read_recipe(GeneratorRecipe, path, overrides)
+    reader = load_reader(Path(recipe.referee))  # its absence is known before the training, not after
+    training = finetune(recipe.training, Progress())
+    print(*publish_generator(training, recipe, path, reader), sep="\n")
     return 0
 
 
@@ -222,11 +234,22 @@ def bootstrap_referee(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def bootstrap_eval(stages: Sequence[str], seed: int | None, strict: bool) -> int:
+    """Measure the shipped assets again, on fresh seeds, and print the numbers beside their bars."""
+    from vggrpo.bootstrap.evaluation import evaluate, lines
+
+    first_seed = 10**8 + 10**5 * int(torch.randint(10**4, ()).item()) if seed is None else seed
+    print(f"seeds from {first_seed}")
+    found = evaluate(stages, first_seed)
+    print(*lines(found), sep="\n")
+    return 1 if strict and any(row.missed() for rows in found.values() for row in rows) else 0
+
+
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
     command.add_argument("recipe", help=f"YAML, such as {example}")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
-    command.set_defaults(action=action)
+    command.set_defaults(run=lambda args: action(args.recipe, args.overrides))
 
 
 def _latents(z0: Tensor) -> Tensor:
@@ -236,6 +259,7 @@ def _latents(z0: Tensor) -> Tensor:
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
 STAGES: dict[str, Action] = {
+    "generator": bootstrap_generator,
     "geometry": bootstrap_geometry,
     "referee": bootstrap_referee,
     "text": bootstrap_text,

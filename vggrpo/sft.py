@@ -6,7 +6,7 @@ average, Adam's moments and the step has to be kept.
 
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from vggrpo.bootstrap.training import Training, load_training, save_training
-from vggrpo.data import Encoded
+from vggrpo.data import Encoded, encode_clips
 from vggrpo.flow import interpolate
-from vggrpo.policy.wan import wan_velocity
+from vggrpo.policy.wan import load_encoders, wan_velocity
 from vggrpo.sft_config import MAY_CHANGE, LoraSize, SftRecipe, WanSize
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -61,6 +61,22 @@ def add_lora(transformer: WanTransformer3DModel, size: LoraSize) -> None:
     """Freeze a transformer and give its attention low-rank updates, which start at 0."""
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=TARGETS))
+
+
+def finetune(recipe: SftRecipe, say: Callable[[str], None]) -> Training:
+    """All of a finetuning, from encoding the clips to the last step; what was done before is not done again.
+
+    Raises:
+        ValueError: from `load_encoders`, `encode_clips` and `start_sft`.
+    """
+    encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
+    data, held_out = (encode_clips(clips, encoders, say) for clips in (recipe.data, recipe.held_out))
+    del encoders  # the training needs their memory, not them
+    training = start_sft(recipe, data)
+    for loss in train_sft(training, recipe, data, held_out):
+        left = training.seconds / training.step * (recipe.num_steps - training.step) / 60
+        say(f"step {training.step} of {recipe.num_steps}  loss {loss:.4f}  {left:.0f} min left")
+    return training
 
 
 def start_sft(recipe: SftRecipe, data: Encoded) -> Training:
@@ -107,14 +123,24 @@ def sft_step(training: Training, recipe: SftRecipe, data: Encoded) -> float:
     text = torch.where(dropped, data.negative, data.text[rows])
     eps = torch.randn(data.z0[rows].shape, generator=rng)
     training.network.train()
-    loss = flow_loss(training, recipe, data.z0[rows], eps, t, text).mean()
+    loss = flow_loss(training, recipe, data.z0[rows], eps, t, text)
+    if recipe.channel_weights is not None:
+        weights = loss.new_tensor(recipe.channel_weights)
+        loss = loss * (weights / weights.mean())
+    loss = loss.mean()
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([weight for _, weight in training.trained()], recipe.max_grad_norm)
-    training.optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (training.step + 1) / recipe.warmup)
+    training.optimizer.param_groups[0]["lr"] = recipe.lr * rate(training.step, recipe)
     training.optimizer.step()
     training.update_average(recipe.average)
     return loss.item()
+
+
+def rate(step: int, recipe: SftRecipe) -> float:
+    """Share of the learning rate that a step is made with: up in a line, level, and down in a line to (almost) 0."""
+    left = 1 - step / recipe.num_steps
+    return min(1.0, (step + 1) / recipe.warmup, left / recipe.cooldown if recipe.cooldown else 1.0)
 
 
 def draw_times(count: int, shift: float, generator: torch.Generator) -> Float[Tensor, " {count}"]:
@@ -130,13 +156,13 @@ def flow_loss(
     eps: Float[Tensor, "B C L h w"],
     t: Float[Tensor, " B"],
     text: Float[Tensor, "B tokens channels"],
-) -> Float[Tensor, " B"]:
-    """Mean squared error of the velocity, v = eps - z0 (`flow.py`), of each clip."""
+) -> Float[Tensor, "B C"]:
+    """Mean squared error of the velocity, v = eps - z0 (`flow.py`), of each clip and channel."""
     z0, eps, t, text = (x.to(recipe.device) for x in (z0, eps, t, text))
     z_t = interpolate(z0, eps, t.view(-1, 1, 1, 1, 1))
     with torch.autocast(z0.device.type, torch.bfloat16, enabled=recipe.bf16):
         v = wan_velocity(training.network, z_t, t, text)
-    return F.mse_loss(v.float(), eps - z0, reduction="none").mean((1, 2, 3, 4))
+    return F.mse_loss(v.float(), eps - z0, reduction="none").mean((2, 3, 4))
 
 
 @torch.no_grad()
@@ -163,7 +189,7 @@ def measure_sft(training: Training, recipe: SftRecipe, held_out: Encoded) -> dic
                 ).cpu()
                 for bucket in range(BUCKETS)
             ]
-        ).mean(1)
+        ).mean((1, 2))
         for text in (held_out.text, held_out.text.roll(1, 0))
     ]
     training.swap_average()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from vggrpo.data import DataConfig
 
-MAY_CHANGE = ("out", "device", "checkpoint_every", "gradient_checkpointing")
+MAY_CHANGE = ("out", "num_steps", "device", "checkpoint_every", "gradient_checkpointing")
 """Fields in which a resumed run may differ from what it was started with."""
 
 
@@ -57,17 +57,21 @@ class SftRecipe:
     seed: int = 0
     """Of every random stream."""
     num_steps: int = 3000
-    """Optimiser steps."""
+    """Optimiser steps. A run can be resumed with another number, best before it cools down."""
     batch: int = 16
     """Clips in a step."""
     shift: float = 3.0
     """Of the times: t = shift u / (1 + (shift - 1) u), u uniform; Wan samples with 3 (480p) or 5 (720p)."""
+    channel_weights: list[float] | None = None
+    """Of the latents' channels in the loss; equal by default. The best velocity is the same whatever they are."""
     drop_caption: float = 0.1
     """Share of clips that are told the negative prompt, for classifier-free guidance."""
     lr: float = 5e-4
-    """Of AdamW (betas .9, .95), after the warm-up."""
+    """Of AdamW (betas .9, .95), between warm-up and cool-down."""
     warmup: int = 100
     """Steps over which the learning rate rises."""
+    cooldown: float = 0.0
+    """Share of the steps, the last ones, over which it falls to 0 in a line."""
     weight_decay: float = 0.0
     """Of AdamW."""
     average: float = 0.999
@@ -91,6 +95,10 @@ class SftRecipe:
             raise ValueError("shift, lr and max_grad_norm must be > 0")
         if not 0 <= self.drop_caption < 1 or not 0 <= self.average < 1:
             raise ValueError("drop_caption and average must be in [0, 1)")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown must be in [0, 1], got {self.cooldown:g}")
+        if self.channel_weights is not None and not all(weight > 0 for weight in self.channel_weights):
+            raise ValueError(f"channel_weights must be > 0, got {self.channel_weights}")
         if self.new is not None and self.lora is not None:
             raise ValueError("a new transformer is trained whole: give `new` or `lora`, not both")
         if self.held_out.negative_prompt != self.data.negative_prompt:

@@ -22,6 +22,7 @@ from vggrpo.sft import (
     load_transformer,
     measure_sft,
     new_transformer,
+    rate,
     save_result,
     sft_step,
     start_sft,
@@ -72,6 +73,26 @@ def test_times_are_shifted_as_the_sampler_shifts_them():
     assert ((t > 0) & (t < 1)).all()
     assert abs(draw_times(1000, 1.0, torch.Generator().manual_seed(0)).mean() - 0.5) < 1e-3
     assert t.mean() > 0.6, "a shift of 3 goes to the noise"
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_nothing(recipe, data):
+    recipe = replace(recipe, num_steps=100, warmup=10, cooldown=0.4)
+    rates = [rate(step, recipe) for step in range(100)]
+    assert rates[:11] == pytest.approx([min(1, (step + 1) / 10) for step in range(11)])
+    assert rates[9:61] == [1.0] * 52
+    assert rates[60:] == pytest.approx([(100 - step) / 40 for step in range(60, 100)])
+    assert rate(99, replace(recipe, cooldown=0.0)) == 1
+    made = start_sft(recipe, data)
+    made.step = 80
+    sft_step(made, recipe, data)
+    assert made.optimizer.param_groups[0]["lr"] == pytest.approx(recipe.lr / 2)
+
+
+def test_a_run_may_be_made_longer_and_says_so(recipe, data):
+    trained(recipe, data)
+    longer, losses = trained(replace(recipe, num_steps=8), data)
+    assert len(losses) == 2
+    assert longer.plans == [[0, 6], [6, 8]]
 
 
 def test_noising_and_steps_are_those_of_diffusers_scheduler(data):
@@ -151,6 +172,24 @@ def test_it_learns_a_handful_of_latents_and_which_caption_belongs_to_which(recip
             lambda z, t: wan_velocity(training.network, z, t.expand(4), data.text), noise, time_grid(8, 3.0)
         )
     assert torch.cdist(z0.flatten(1), data.z0.flatten(1)).argmin(1).tolist() == [0, 1, 2, 3], "samples follow captions"
+
+
+def test_a_channel_counts_by_its_weight(recipe, data, monkeypatch):
+    seen = []
+
+    def spy(*args):
+        seen.append(flow_loss(*args))
+        return seen[-1]
+
+    monkeypatch.setattr("vggrpo.sft.flow_loss", spy)
+    plain = sft_step(start_sft(recipe, data), recipe, data)
+    weighted = sft_step(start_sft(recipe, data), replace(recipe, channel_weights=[6.0, 1.0, 0.5, 0.5]), data)
+    assert torch.equal(*seen), "the same batch"
+    assert plain == pytest.approx(seen[0].mean().item())
+    assert weighted == pytest.approx((seen[0] @ torch.tensor([3.0, 0.5, 0.25, 0.25])).mean().item() / 4)
+    assert measure_sft(start_sft(recipe, data), recipe, data) == measure_sft(
+        start_sft(recipe, data), replace(recipe, channel_weights=[6.0, 1.0, 0.5, 0.5]), data
+    ), "what is reported can be compared"
 
 
 def test_a_dropped_caption_is_the_negative_prompt(recipe, data, monkeypatch):
@@ -277,6 +316,7 @@ def test_the_shipped_recipe_loads_and_says_how_to_run_it():
     ("text", "message"),
     [
         ("new: {}\nlora: {}", "give `new` or `lora`, not both"),
+        ("channel_weights: [1.0, 0.0]", "channel_weights must be > 0"),
         ("shift: 0", "shift, lr and max_grad_norm must be > 0"),
         ("data: {frames: 16, videos: x}", r"data: frames must be 4 n \+ 1"),
         ("lora: {rnk: 3}", "unknown key 'lora.rnk': did you mean 'rank'"),
