@@ -1,68 +1,17 @@
-"""The command line, and the only place where things are built from a recipe."""
+"""The command line: what each command does, in the words of the modules that do it."""
 
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-
+from vggrpo.build import build
 from vggrpo.check import check
-from vggrpo.config import Recipe, load_recipe, read_recipe
-from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy
-from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
-from vggrpo.runtime import Run
-from vggrpo.trainer import GeometryFn, RewardFn, train
-from vggrpo.types import Condition
+from vggrpo.config import load_recipe, read_recipe
 
-Action = Callable[[str, Sequence[str]], int]
-"""What a command does with the path of a recipe and what is said on top of it; the exit status comes back."""
-
-
-class Parts(NamedTuple):
-    """All that a recipe names, built."""
-
-    network: nn.Module
-    policy: FlowPolicy
-    geometry: GeometryFn
-    rewards: dict[str, RewardFn]
-    conditions: Iterator[Condition]
-    """Global batches, without end."""
-    optimizer: torch.optim.Optimizer
-    run: Run
-
-
-def build(recipe: Recipe, accelerator: Accelerator | None = None) -> Parts:
-    """The embedded mixture under this launch; on the CPU, for it is two-dimensional.
-
-    Raises:
-        ValueError: a batch that the ranks cannot share, a prompt or reward that names no mode.
-    """
-    grpo, mixture = recipe.grpo, recipe.mixture
-    run = Run(accelerator or Accelerator(cpu=True), grpo.num_prompts, grpo.group_size)
-    torch.manual_seed(grpo.seed)
-    network = MixtureFlow(mixture.width)
-    reference = frozen_copy(network) if grpo.beta > 0 else None
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay
-    )
-    network, optimizer = run.prepare(network, optimizer)
-    encode_modes(Condition([*mixture.prompts, recipe.sampling.negative_prompt]))
-    reward = partial(nearness, mixture.wanted)
-    reward(torch.zeros(2))
-    policy = FlowPolicy(network, encode_modes, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
-    return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
-
-
-def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:
-    """The prompts over and over, a global batch at a time: the same on every rank."""
-    endless = itertools.cycle(prompts)
-    while True:
-        yield Condition(list(itertools.islice(endless, run.num_prompts)))
+Action = Callable[..., int]
+"""What a command does with the path of a recipe, what is said on top of it, and flags; the exit status comes back."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +20,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
+    commands.choices["train"].add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
     stages = bootstrap.add_subparsers(dest="stage", required=True)
     for name, stage in STAGES.items():
         _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # argparse takes no more overrides once it has seen a flag
+    unknown = [word for word in rest if "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += [word.removeprefix("--") for word in rest]
     try:
-        status: int = args.action(args.recipe, args.overrides)
-    except ValueError as error:
+        flags = {"resume": args.resume} if "resume" in args else {}
+        status: int = args.action(args.recipe, args.overrides, **flags)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
     return status
@@ -96,14 +51,44 @@ def check_recipe(path: str, overrides: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-def train_recipe(path: str, overrides: Sequence[str]) -> int:
-    """Train, and print every iteration's numbers."""
+def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+    """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
+    from vggrpo.session import Session
+    from vggrpo.signals import STATUS, Interrupted, Signals
+    from vggrpo.trainer import train
+
     recipe = load_recipe(path, overrides)
-    _, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
-    todo = itertools.islice(conditions, recipe.grpo.num_iterations)
-    for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo):
-        if run.accelerator.is_main_process:
-            print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
+    bare, main = run.accelerator.unwrap_model(network), run.accelerator.is_main_process
+    session = Session(recipe, writes=main)
+    first = done = session.begin(bare, optimizer, resume=resume, num_processes=run.accelerator.num_processes)
+    todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
+    boundary = 0  # updates made when iteration `done` was to begin: only there can a run be left and taken up
+
+    def poll(*_: Any) -> None:
+        if run.accelerator.num_processes == 1 and run.updates == boundary:
+            signals.poll()
+
+    with Signals() as signals:
+        watched = bare.register_forward_pre_hook(poll)
+        try:
+            for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo, first):
+                if "grad_norm" in numbers:
+                    done, boundary = int(numbers["step"]) + 1, run.updates
+                session.note(numbers)
+                if main:
+                    print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+                if done and done == numbers["step"] + 1 and done % recipe.checkpoint_every == 0:
+                    session.save(done, bare, optimizer)
+                if run.any(signals.received is not None):
+                    raise Interrupted
+        except Interrupted:
+            session.save(done, bare, optimizer)
+            return STATUS
+        finally:
+            watched.remove()
+            session.close()
+    session.save(done, bare, optimizer)
     return 0
 
 
@@ -188,11 +173,6 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command.add_argument("recipe", help=f"YAML, such as {example}")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the recipe")
     command.set_defaults(action=action)
-
-
-def _latents(z0: Tensor) -> Tensor:
-    """The mixture's scene is its points."""
-    return z0
 
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "train": train_recipe}
