@@ -3,9 +3,10 @@
 import difflib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -116,12 +117,10 @@ def chosen_rewards(weights: dict[str, float] | None) -> dict[str, RewardFn]:
 
 def concatenated(scenes: Sequence[Geometry]) -> Geometry:
     """Geometries of clips, one after the other along their first axis."""
-    first = vars(scenes[0])
-    joined = {
-        name: torch.cat([getattr(scene, name) for scene in scenes]) if isinstance(value, Tensor) else value
-        for name, value in first.items()
-    }
-    return Geometry(**joined)
+    first = scenes[0]
+    names = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
+    joined: dict[str, Any] = {name: torch.cat([getattr(scene, name) for scene in scenes]) for name in names}
+    return replace(first, **joined)
 
 
 def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:

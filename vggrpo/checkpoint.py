@@ -78,7 +78,7 @@ def save_checkpoint(root: Path, step: int, checkpoint: Checkpoint, keep: int = 2
 
 
 def load_checkpoint(root: Path) -> Checkpoint | None:
-    """The checkpoint that `root` points to, after every file has been compared with the manifest; None if there is none.
+    """The checkpoint that `root` points to, its files compared with the manifest; None if there is none.
 
     Raises:
         ValueError: the pointer leads nowhere, or a file is missing, damaged or not the one that was written.
@@ -147,7 +147,9 @@ def restore_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ours, theirs = ({name: tuple(x.shape) for name, x in each.items()} for each in (wanted, tensors))
     if ours != theirs:
         name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        raise ValueError(f"the checkpoint is of another network: {name} is {theirs.get(name)} there, {ours.get(name)} here")
+        raise ValueError(
+            f"the checkpoint is of another network: {name} is {theirs.get(name)} there, {ours.get(name)} here"
+        )
     for name, weight in wanted.items():
         weight.copy_(tensors[name])
 

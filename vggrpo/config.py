@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from vggrpo.flow import sde_step
-from vggrpo.grpo import Aggregate, Baseline
+from vggrpo.grpo import Aggregate, Baseline, Silent
 from vggrpo.sampler import Window, time_grid
 
 T = TypeVar("T")
@@ -84,6 +84,8 @@ class GrpoConfig:
     """Compare each reward in its group and then average (the paper), or the other way round."""
     baseline: Baseline = "z_score"
     """What an advantage is measured against."""
+    silent: Silent = "count"
+    """Whether a reward that cannot tell a group apart still counts in the average (the paper), or is left out."""
     clamp: float | None = None
     """Limit of |advantage|; Flow-GRPO uses 5."""
     num_updates: int = 1
@@ -224,7 +226,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _require(min(self.checkpoint_every, self.keep) >= 1, "checkpoint_every and keep must be >= 1")
         _require(
-            self.video is None or self.mixture == MixtureConfig(), "a run is of a video or of a mixture: give one of them"
+            self.video is None or self.mixture == MixtureConfig(),
+            "a run is of a video or of a mixture: give one of them",
         )
 
 

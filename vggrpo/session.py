@@ -1,10 +1,10 @@
 """A run's folder: what was asked for, what happened, and where it can go on.
 
-    recipe.yaml     the recipe with every default in it
-    run.jsonl       versions, commit, hardware, ranks: one entry for every start
-    metrics.jsonl   one line for every iteration
-    tensorboard/    the same numbers
-    checkpoints/    `checkpoint.py`
+recipe.yaml     the recipe with every default in it
+run.jsonl       versions, commit, hardware, ranks: one entry for every start
+metrics.jsonl   one line for every iteration
+tensorboard/    the same numbers
+checkpoints/    `checkpoint.py`
 """
 
 import importlib.metadata
@@ -62,7 +62,8 @@ class Session:
             differing = _differences(found.state["recipe"], _plain(self.recipe))
             if differing:
                 raise ValueError(
-                    f"{self.folder} was made by another recipe ({'; '.join(differing)}): restore it, or give another `out`"
+                    f"{self.folder} was made by another recipe ({'; '.join(differing)}): "
+                    "restore it, or give another `out`"
                 )
             first = int(found.state["iteration"])
             restore_weights(network, found.tensors["weights"])
@@ -121,7 +122,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
-    """"key: was -> now" of all keys that may not differ and do."""
+    """ "key: was -> now" of all keys that may not differ and do."""
     found = []
     for key in sorted(was.keys() | now.keys()):
         name, old, new = f"{where}{key}", was.get(key), now.get(key)
@@ -146,7 +147,9 @@ def _circumstances(first: int, num_processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
     }
 
 

@@ -53,7 +53,7 @@ def train(
             with clock("reward"):
                 reward = run.gather(score(rewards, scene, rollout))
         advantage = group_advantage(
-            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, clamp=cfg.clamp
+            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, clamp=cfg.clamp
         )
         grad_norm = None
         with clock("update"):

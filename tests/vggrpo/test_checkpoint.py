@@ -50,7 +50,9 @@ def test_damage_is_one_line_that_names_the_one_before(tmp_path, file):
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"damaged \({file} is not what was written\): write step-000001 into") as error:
+    with pytest.raises(
+        ValueError, match=rf"damaged \({file} is not what was written\): write step-000001 into"
+    ) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
     path.unlink()
@@ -76,7 +78,9 @@ def test_a_full_disk_leaves_the_one_before_as_it_was(tmp_path, monkeypatch, when
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, when, full)
-    with pytest.raises(OSError, match=r"cannot write .*step-000002 \(.*No space left.*\): those before it are untouched"):
+    with pytest.raises(
+        OSError, match=r"cannot write .*step-000002 \(.*No space left.*\): those before it are untouched"
+    ):
         save_checkpoint(tmp_path, 2, some(2), keep=1)
     monkeypatch.undo()
     assert same(load_checkpoint(tmp_path), some(1))

@@ -35,7 +35,9 @@ def lines(folder: Path) -> list[dict]:
 def same_end(a: Path, b: Path) -> bool:
     one, other = (load_checkpoint(folder / "checkpoints") for folder in (a, b))
     return all(
-        torch.equal(x, other.tensors[file][name]) for file, tensors in one.tensors.items() for name, x in tensors.items()
+        torch.equal(x, other.tensors[file][name])
+        for file, tensors in one.tensors.items()
+        for name, x in tensors.items()
     )
 
 
@@ -142,7 +144,10 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
     [
         ([], "holds a run already: --resume it, or give another `out`"),
         (["--resume", "grpo.beta=0.5"], r"made by another recipe (grpo.beta: 0.004 there, 0.5 here): restore it"),
-        (["--resume", "--optimizer.lr=1", "grpo.seed=2"], "(grpo.seed: 0 there, 2 here; optimizer.lr: 0.003 there, 1.0 here)"),
+        (
+            ["--resume", "--optimizer.lr=1", "grpo.seed=2"],
+            "(grpo.seed: 0 there, 2 here; optimizer.lr: 0.003 there, 1.0 here)",
+        ),
     ],
 )
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(whole, capsys, more, message):

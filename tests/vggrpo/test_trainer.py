@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from vggrpo import trainer
-from vggrpo.check import check
 from vggrpo.build import Parts, build
+from vggrpo.check import check
 from vggrpo.config import GrpoConfig, OptimizerConfig, Recipe, SamplingConfig
 from vggrpo.policy.mixture import MODES
 from vggrpo.sampler import Window

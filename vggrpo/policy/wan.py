@@ -69,7 +69,7 @@ def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[in
 
 
 def cached_prompts(encoders: Encoders, prompts: Sequence[str]) -> Encoder:
-    """The embeddings of these prompts, kept on the CPU, so that the encoder can go; no other prompt can be asked for."""
+    """The embeddings of these prompts, kept on the CPU so that the encoder can go; no other can be asked for."""
     known = {prompt: encoders.text([prompt])[0].float().cpu() for prompt in dict.fromkeys(prompts)}
 
     def encode(cond: Condition) -> Tensor:
