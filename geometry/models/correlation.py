@@ -1,8 +1,10 @@
 """Correspondence of neighbouring frames from their tokens alone: where each token of one is seen in the other.
 
 A token is spread over its own pixels as learnt features, and the features of two frames are aligned by Gauss-Newton
-(Lucas and Kanade, coarse to fine) for one displacement per token; a small network then corrects it and says how far it
-is to be trusted. No pixel is looked at: whatever produces the tokens, an encoder or a stitched latent, drives it.
+(Lucas and Kanade, coarse to fine) for one displacement per token; a small network then corrects it, twice, and says how
+far it is to be trusted. The alignment's windows are wide, which blurs its flow where depth jumps; so the network also
+sees where a token and its neighbours alone would go. No pixel is looked at: whatever produces the tokens, an encoder or
+a stitched latent, drives it.
 """
 
 from typing import NamedTuple
@@ -18,6 +20,9 @@ STEPS = (2, 2, 2)
 """Gauss-Newton steps on features of one, two and four cells per token side."""
 WINDOWS = (4, 4, 3)
 """Times that the equations of a token are averaged with those of its eight neighbours, at each of these."""
+
+PASSES = 2
+"""Times that the network corrects the flow, each time with a look at what its last correction left unexplained."""
 
 NOISE = 0.01
 """Mean squared difference of features that is expected of a perfect match."""
@@ -41,14 +46,14 @@ class Correspondence(NamedTuple):
 class Correlation(nn.Module):
     """Tokens of a clip -> correspondence of neighbouring frames."""
 
-    def __init__(self, dim: int, patch: int, channels: int = 8, hidden: int = 32) -> None:
+    def __init__(self, dim: int, patch: int, channels: int = 8, hidden: int = 48) -> None:
         super().__init__()
         self.patch, self.channels = patch, channels
         self.to_pixels = nn.Linear(dim, patch * patch * channels)
         self.log_damping = nn.Parameter(torch.tensor([-2.3, -3.5, -4.5]))
         self.to_context = nn.Linear(dim, hidden // 2)
         self.correct = nn.Sequential(
-            nn.Conv2d(8 + hidden, 2 * hidden, 3, padding=1, padding_mode="replicate"),
+            nn.Conv2d(11 + hidden, 2 * hidden, 3, padding=1, padding_mode="replicate"),
             nn.GELU(),
             nn.Conv2d(2 * hidden, hidden, 3, padding=1, padding_mode="replicate"),
             nn.GELU(),
@@ -65,25 +70,35 @@ class Correlation(nn.Module):
         context = self.to_context(tokens).movedim(-1, 2)
         first, second = _pairs(features), _pairs(context)
         flow, own, left = align(*first, self.patch, self.log_damping.exp())
-        here, there = second
-        there, _ = warp(there, flow / self.patch)
-        back = flow.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-        loop, _ = warp(back, flow / self.patch)
+        aligned, change = flow, torch.zeros_like(own)
+        for _ in range(PASSES):
+            change = self.correct(self._evidence(first, second, flow, own, left))
+            flow = flow + change[:, :2]
         xx, xy, yy = own.unbind(1)
-        sharp = torch.stack([xx, yy, xx * yy - xy * xy], dim=1).clamp(min=1e-6).log() / 4
-        seen = [flow / 4, (flow + loop).clamp(-4, 4) / 2, sharp, left.clamp(min=1e-6).log()[:, None] / 4]
-        change = self.correct(torch.cat([*seen, here, there - here], dim=1))
-        corrected = flow + change[:, :2]
         shape = (B, T - 1, 2)
         return Correspondence(
-            corrected.movedim(1, -1).unflatten(0, shape),
             flow.movedim(1, -1).unflatten(0, shape),
+            aligned.movedim(1, -1).unflatten(0, shape),
             change[:, 2].unflatten(0, shape),
             (torch.stack([xx, xy, xy, yy], dim=-1) / (left[..., None] + NOISE))
             .unflatten(-1, (2, 2))
             .unflatten(0, shape),
             features,
         )
+
+    def _evidence(
+        self, pixels: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor], flow: Tensor, own: Tensor, left: Tensor
+    ) -> Float[Tensor, "P _ h w"]:
+        """What speaks for and against a flow, for each token."""
+        here, (there, _) = context[0], warp(context[1], flow / self.patch)
+        back = flow.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        loop, _ = warp(back, flow / self.patch)
+        xx, xy, yy = own.unbind(1)
+        sharp = torch.stack([xx, yy, xx * yy - xy * xy], dim=1).clamp(min=1e-6).log() / 4
+        close = _averaged(_equations(*pixels, _gradient(pixels[0]), flow, self.patch, 1.0), 1)
+        step = _solved(close, self.log_damping[-1].exp()).clamp(-1.5, 1.5)
+        remains = torch.stack([left, close[:, 5]], dim=1).clamp(min=1e-6).log() / 4
+        return torch.cat([flow / 4, (flow + loop).clamp(-4, 4) / 2, sharp, remains, step, here, there - here], dim=1)
 
 
 def align(
@@ -101,21 +116,40 @@ def align(
         a, b = (F.adaptive_avg_pool2d(x, (height * cells, width * cells)) for x in (first, second))
         right, down = _gradient(a)
         for _ in range(steps):
-            seen, inside = warp(b, flow * cells / patch)
-            difference = seen - a
-            terms = [right * right, right * down, down * down, right * difference, down * difference]
-            stacked = torch.stack([x.sum(1) for x in terms] + [difference.square().mean(1)], dim=1)
-            pooled = F.avg_pool2d(torch.cat([stacked * inside, inside], dim=1), cells)
-            own = pooled[:, :3]
-            for _ in range(windows):
-                pooled = F.avg_pool2d(pooled, 3, stride=1, padding=1, count_include_pad=False)
-            pooled = pooled / (pooled[:, -1:] + 1e-3)
-            xx, xy, yy, xe, ye, left, _ = pooled.unbind(1)
-            xx, yy = xx + damping[level], yy + damping[level]
-            determinant = xx * yy - xy * xy
-            step = torch.stack([xy * ye - yy * xe, xy * xe - xx * ye], dim=1) / determinant[:, None]
-            flow = flow + step.clamp(-1.5, 1.5) * patch / cells
+            pooled = _equations(a, b, (right, down), flow, cells, patch / cells)
+            own, pooled = pooled[:, :3], _averaged(pooled, windows)
+            left = pooled[:, 5]
+            flow = flow + _solved(pooled, damping[level]).clamp(-1.5, 1.5) * patch / cells
     return flow, own, left
+
+
+def _equations(
+    first: Tensor, second: Tensor, gradient: tuple[Tensor, Tensor], flow: Tensor, cells: int, pixels: float
+) -> Float[Tensor, "P 7 h w"]:
+    """Lucas and Kanade's, of each token alone at this flow: xx, xy, yy, xe, ye, mean squared difference, share inside.
+
+    A token is `cells` x `cells` places of the features, each `pixels` wide.
+    """
+    right, down = gradient
+    seen, inside = warp(second, flow / pixels)
+    difference = seen - first
+    terms = [right * right, right * down, down * down, right * difference, down * difference]
+    stacked = torch.stack([x.sum(1) for x in terms] + [difference.square().mean(1)], dim=1)
+    return F.avg_pool2d(torch.cat([stacked * inside, inside], dim=1), cells)
+
+
+def _averaged(equations: Float[Tensor, "P 7 h w"], times: int) -> Float[Tensor, "P 7 h w"]:
+    """Over the eight neighbours, so many times, and per share inside the picture."""
+    for _ in range(times):
+        equations = F.avg_pool2d(equations, 3, stride=1, padding=1, count_include_pad=False)
+    return equations / (equations[:, -1:] + 1e-3)
+
+
+def _solved(equations: Float[Tensor, "P 7 h w"], damping: Tensor) -> Float[Tensor, "P 2 h w"]:
+    """The displacement that they ask for, in places of the features."""
+    xx, xy, yy, xe, ye, _, _ = equations.unbind(1)
+    xx, yy = xx + damping, yy + damping
+    return torch.stack([xy * ye - yy * xe, xy * xe - xx * ye], dim=1) / (xx * yy - xy * xy)[:, None]
 
 
 def warp(x: Float[Tensor, "P C H W"], flow: Float[Tensor, "P 2 h w"]) -> tuple[Tensor, Tensor]:
