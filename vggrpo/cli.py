@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from vggrpo.build import build
 from vggrpo.check import check
 from vggrpo.config import load_recipe, read_recipe
@@ -21,22 +23,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     commands.choices["train"].add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    commands.add_parser("sample", help=sample.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
     stages = bootstrap.add_subparsers(dest="stage", required=True)
     for name, stage in STAGES.items():
         _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
-    args, rest = parser.parse_known_args(argv)  # argparse takes no more overrides once it has seen a flag
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["sample"]:  # its flags are the fields of a dataclass
+        return _told(lambda: sample(words[1:]))
+    args, rest = parser.parse_known_args(words)  # argparse takes no more overrides once it has seen a flag
     unknown = [word for word in rest if "=" not in word]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides += [word.removeprefix("--") for word in rest]
+    flags = {"resume": args.resume} if "resume" in args else {}
+    return _told(lambda: args.action(args.recipe, args.overrides, **flags))
+
+
+def _told(action: Callable[[], int]) -> int:
+    """The status of an action; what it raises is one line."""
     try:
-        flags = {"resume": args.resume} if "resume" in args else {}
-        status: int = args.action(args.recipe, args.overrides, **flags)
+        return action()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
-    return status
 
 
 def check_recipe(path: str, overrides: Sequence[str]) -> int:
@@ -165,6 +175,35 @@ def bootstrap_geometry(path: str, overrides: Sequence[str]) -> int:
             f"rotation {run.curve[-1]['rotation']:.2f}  {left:.0f} min left"
         )
     print(*publish(run, recipe, path), sep="\n")
+    return 0
+
+
+def sample(argv: Sequence[str]) -> int:
+    """Sample videos, with their latents, geometry and rewards; best-of-n and guidance by reward need no training."""
+    import json
+    from pathlib import Path
+
+    import tyro
+    from diffusers import AutoencoderKLWan
+
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.vae import decode, denormalise
+    from vggrpo.data import read_prompts
+    from vggrpo.sample import SampleConfig, load_models, record, sample_videos, save_sampled
+
+    cfg = tyro.cli(SampleConfig, args=list(argv), prog="vggrpo sample", description=sample.__doc__)
+    prompts, out, progress = read_prompts(cfg.prompts), Path(cfg.out), Progress()
+    models, records = load_models(cfg, prompts), []
+    vae = AutoencoderKLWan.from_pretrained(Path(cfg.model) / "vae", local_files_only=True).to(cfg.device).eval()
+    for number, one in enumerate(sample_videos(models, prompts, cfg)):
+        with torch.no_grad():
+            video = decode(vae, denormalise(vae, one.z0[None]))[0].clamp(0, 1)
+        save_sampled(out, number, one, (255 * video).round().byte().cpu())
+        records.append(record(cfg, number, one))
+        (out / "samples.json").write_text(json.dumps(records, indent=2) + "\n")
+        told = "  ".join(f"{name} {value:.3g}" for name, value in one.rewards.items())
+        progress(f"{number + 1} of {len(prompts)} videos  {told}")
+    print(f"wrote {out}")
     return 0
 
 

@@ -5,6 +5,7 @@ Encoders are called once per clip; after that a training needs neither VAE nor t
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,21 @@ def read_video(path: Path, config: DataConfig) -> UInt8[Tensor, "T 3 H W"]:
             "remove it, or lower frames or every"
         )
     return _cover(torch.stack(pictures).movedim(-1, 1), config.height, config.width)
+
+
+def write_video(path: Path, video: UInt8[Tensor, "T 3 H W"], fps: int) -> None:
+    """An mp4 (H.264, nearly without loss) that is complete or not there."""
+    import av
+
+    part = path.with_suffix(f".part{path.suffix}")
+    with av.open(str(part), "w") as container:
+        stream = container.add_stream("h264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = video.shape[-1], video.shape[-2], "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in video.movedim(1, -1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(part, path)
 
 
 def read_folder(config: DataConfig) -> dict[Path, str]:
