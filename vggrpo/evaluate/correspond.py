@@ -69,7 +69,9 @@ def match(a: Frame, b: Frame, every: float = 2.0) -> Matches:
 def _at(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Bilinear values of [H W] or [H W C] at [N 2]; centres at +0.5."""
     x, y = points[:, :1] - 0.5, points[:, 1:] - 0.5
-    found = cv2.remap(image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    found = cv2.remap(
+        image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
     return found.reshape(len(points), -1)
 
 

@@ -83,7 +83,9 @@ def judge(video: Float[Tensor, "T 3 H W"], seed: int = 0) -> dict[str, Value]:
         told = [sampson(matches, seed) for matches in pairs]
         found[f"sampson/{name}"] = _mean(told)
         found[f"parallax/{name}"] = _mean([parallax(matches, seed) for matches in pairs])
-        found[f"matches/{name}"] = Value(float(np.mean([len(matches.here) / max(matches.sought, 1) for matches in pairs])))
+        found[f"matches/{name}"] = Value(
+            float(np.mean([len(matches.here) / max(matches.sought, 1) for matches in pairs]))
+        )
         if stride == 1:
             found["displacement"] = _mean([displacement(matches) for matches in pairs])
             found["jitter"] = jitter(pairs)
@@ -139,7 +141,7 @@ def displacement(matches: Matches) -> Value:
 def jitter(pairs: list[Matches]) -> Value:
     """|change of the picture's motion| / |motion|, of neighbouring frames: the motion is the matches' best similarity.
 
-    Four numbers a pair (shift, turn and growth at the picture's middle, in pixels at its rim); 0 for a video that glides.
+    Four numbers a pair: shift of the middle, turn and growth in pixels at the rim. 0 for a video that glides.
     """
     moves = []
     for matches in pairs:
