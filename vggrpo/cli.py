@@ -23,14 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     commands.choices["train"].add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    commands.add_parser("sample", help=sample.__doc__, add_help=False)
+    for name, flagged in FLAGGED.items():
+        commands.add_parser(name, help=flagged.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
     stages = bootstrap.add_subparsers(dest="stage", required=True)
     for name, stage in STAGES.items():
         _add(stages, name, stage, f"launch/recipes/bootstrap/{name}.yaml")
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["sample"]:  # its flags are the fields of a dataclass
-        return _told(lambda: sample(words[1:]))
+    if words and words[0] in FLAGGED:
+        return _told(lambda: FLAGGED[words[0]](words[1:]))
     args, rest = parser.parse_known_args(words)  # argparse takes no more overrides once it has seen a flag
     unknown = [word for word in rest if "=" not in word]
     if unknown:
@@ -207,6 +208,18 @@ def sample(argv: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """Base against tuned by judges that no reward knows: same prompts, same noise; JSON lines, Markdown and HTML."""
+    import tyro
+
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.evaluation import EvaluateConfig, evaluate_lora
+
+    cfg = tyro.cli(EvaluateConfig, args=list(argv), prog="vggrpo evaluate", description=evaluate.__doc__)
+    print(evaluate_lora(cfg, Progress()))
+    return 0
+
+
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
     command.add_argument("recipe", help=f"YAML, such as {example}")
@@ -215,4 +228,6 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
 
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "train": train_recipe}
+FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "evaluate": evaluate}
+"""Commands whose flags are the fields of a dataclass."""
 STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}

@@ -154,7 +154,7 @@ def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iter
             prompt,
             chosen,
             z0[chosen],
-            scene.map(lambda x, k=chosen: x[k]),  # type: ignore[misc]
+            scene.map(lambda x, k=chosen: x[k]),
             {name: float(r[chosen]) for name, r in scores.items()},
             {name: r.tolist() for name, r in scores.items()},
         )
@@ -179,7 +179,7 @@ def save_sampled(folder: Path, number: int, one: Sampled, video: UInt8[Tensor, "
     folder.mkdir(parents=True, exist_ok=True)
     write_video(name.with_suffix(".mp4"), video, fps)
     save_tensors(name.with_suffix(".safetensors"), {"z0": one.z0.cpu().contiguous()})
-    maps = {key: x.cpu().numpy() for key, x in vars(one.scene).items() if isinstance(x, Tensor)}
+    maps: dict[str, Any] = {key: x.cpu().numpy() for key, x in vars(one.scene).items() if isinstance(x, Tensor)}
     np.savez_compressed(name.with_suffix(".npz"), **maps)
     save_ply(name.with_suffix(".ply"), one.scene.map(lambda x: x.cpu()), video.float() / 255)
 

@@ -57,9 +57,9 @@ def paired(base: Told, tuned: Told, prompts: Sequence[int], name: str, rows: Seq
     a, b = (np.array([told[i][name].value for i in rows], dtype=float) for told in (base, tuned))
     of = np.array([prompts[i] for i in rows])
     both = np.isfinite(a) & np.isfinite(b)
-    missing = (float(1 - np.isfinite(x).mean()) if len(x) else math.nan for x in (a, b))
+    no_base, no_tuned = (float(1 - np.isfinite(x).mean()) if len(x) else math.nan for x in (a, b))
     if not both.any():
-        return Paired(*[math.nan] * 5, 0, *missing)
+        return Paired(math.nan, math.nan, math.nan, math.nan, math.nan, 0, no_base, no_tuned)
     difference, of = (b - a)[both], of[both]
     groups = [difference[of == prompt] for prompt in np.unique(of)]
     sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
@@ -68,7 +68,7 @@ def paired(base: Told, tuned: Told, prompts: Sequence[int], name: str, rows: Seq
     low, high = np.percentile(means, [2.5, 97.5])
     return Paired(
         float(a[both].mean()), float(b[both].mean()), float(difference.mean()), float(low), float(high),
-        int(both.sum()), *missing,
+        int(both.sum()), no_base, no_tuned,
     )  # fmt: skip
 
 

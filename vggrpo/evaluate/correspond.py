@@ -1,7 +1,7 @@
 """Where the points of one frame are in another, without any learned weights: dense flow, checked both ways.
 
-At small sizes SIFT finds a handful of points; DIS flow (OpenCV) on an enlarged picture finds hundreds, and the way there
-and back tells which of them to believe. Pixels are those of the frames as given, (u, v), centres at +0.5.
+At small sizes SIFT finds a handful of points; DIS flow (OpenCV) on an enlarged picture finds hundreds, and the way
+there and back tells which of them to believe. Pixels are those of the frames as given, (u, v), centres at +0.5.
 """
 
 from typing import NamedTuple
@@ -50,8 +50,9 @@ def prepare(frame: np.ndarray) -> Frame:
 
 def match(a: Frame, b: Frame, every: float = 2.0) -> Matches:
     """Points of `a` on a grid of `every` pixels, found in `b`."""
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    ahead, back = flow.calc(a.gray, b.gray, None), flow.calc(b.gray, a.gray, None)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    start = np.zeros((*a.gray.shape, 2), np.float32)
+    ahead, back = flow.calc(a.gray, b.gray, start.copy()), flow.calc(b.gray, a.gray, start)
     height, width = a.gray.shape
     step = every * a.scale
     u, v = np.meshgrid(np.arange(step / 2, width, step), np.arange(step / 2, height, step))
