@@ -16,7 +16,8 @@ from vggrpo.evaluate.compare import Paired, Verdict
 
 COLUMNS = ("judge", "base", "tuned", "difference", "95 % interval", "pairs", "motion-matched", "N/A base / tuned")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}td,th{padding:.25rem .7rem;text-align:right}
+table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .7rem;text-align:right}
 td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f5f7}th{border-bottom:2px solid #888}
 .better{color:#0a7a2f}.worse{color:#b3261e}.verdict{font-size:1.2rem;font-weight:600}
 img{max-width:100%;image-rendering:pixelated}
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
 
 def rows(table: Mapping[str, Paired], matched: Mapping[str, Paired]) -> list[tuple[str, ...]]:
     """One row for each judge, as text; - for what nobody could judge."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, row in table.items():
         other = matched[name]
         found.append(
