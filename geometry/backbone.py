@@ -59,6 +59,11 @@ class BackboneSpec:
     They return [B*T, N, C] or [B, T, N, C], as a tensor, or first in a tuple or list."""
     normalisation: Literal["unit", "imagenet"] = "imagenet"
     """Of the images that `call` gets: [0, 1] as they are, or less ImageNet's mean over its deviation."""
+    heads: tuple[str, ...] = ()
+    """Modules beside the blocks that run after every stitch point and take LoRA as well."""
+    matched: tuple[str, ...] = ()
+    """Modules after every stitch point whose output (the first tensor of it) distillation may ask for as well: dense
+    intermediate results, such as a correspondence, say more of what is wrong than a few poses do."""
 
     def __post_init__(self) -> None:
         order = [self.blocks.index(p) if p in self.blocks else -1 for p in self.stitch_points]
@@ -100,13 +105,13 @@ class HookedBackbone(nn.Module):
     def __init__(self, module: nn.Module, spec: BackboneSpec, call: Call, parse: Parse) -> None:
         """
         Raises:
-            ValueError: a block of the spec that the module does not have.
+            ValueError: a module of the spec that does not exist.
         """
         super().__init__()
         known = {name for name, _ in module.named_modules()}
-        missing = [path for path in spec.blocks if path not in known]
+        missing = [path for path in (*spec.blocks, *spec.heads, *spec.matched) if path not in known]
         if missing:
-            raise ValueError(f"{type(module).__name__} has no module {missing[0]!r}; correct the spec's blocks")
+            raise ValueError(f"{type(module).__name__} has no module {missing[0]!r}; correct the spec")
         self.module, self.spec, self._call, self._parse = module, spec, call, parse
 
     def forward(

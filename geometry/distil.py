@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from geometry.distance import OutputWeights, output_distances
+from geometry.hooks import recorded
 from geometry.latent import LatentGeometryModel
 from geometry.stitch import Sample, student, teach
 
@@ -25,6 +26,8 @@ class DistilConfig:
     """Batches."""
     lr: float = 2e-4
     """Of AdamW, at its highest."""
+    connector: float = 1.0
+    """Share of it for the connector and the prefix, whose hundreds of inputs all move together under Adam."""
     warmup: int = 100
     """Steps of linear warm-up; then a cosine to zero."""
     weight_decay: float = 0.0
@@ -32,35 +35,37 @@ class DistilConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     rank: int = 64
-    """Of LoRA on every linear map and 2-D convolution in the tail's blocks."""
+    """Of LoRA on every linear map and 2-D convolution in the tail's blocks and in the spec's heads."""
     alpha: int = 32
     """Its scale, times the rank."""
     weights: OutputWeights = field(default_factory=OutputWeights)
     """What each output's distance counts for."""
+    matched: float = 0.0
+    """What the mean L1 distance of the outputs of the spec's `matched` modules counts for, in their own units."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rank < 1 or self.alpha < 1 or not 0 <= self.warmup < self.steps:
             raise ValueError(f"steps, rank and alpha must be >= 1 and warmup in [0, steps), got {self}")
-        if self.lr <= 0 or self.clip <= 0 or self.weight_decay < 0:
-            raise ValueError(f"lr and clip must be > 0, weight_decay >= 0, got {self}")
+        if min(self.lr, self.connector, self.clip) <= 0 or min(self.weight_decay, self.matched) < 0:
+            raise ValueError(f"lr, connector and clip must be > 0, weight_decay and matched >= 0, got {self}")
 
 
 def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
-    """Adapters in the tail's blocks, which change nothing yet. The backbone's own parameters need no gradient after it.
+    """Adapters in tail and heads, which change nothing yet. The backbone's own parameters need no gradient after it.
 
     Raises:
         ValueError: the tail has adapters already, or nothing in it can have them.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    module, blocks = model.backbone.module, model.backbone.spec.after(model.point)
+    module, spec = model.backbone.module, model.backbone.spec
     if any("lora_" in name for name in trained(model)):
         raise ValueError("the backbone has LoRA adapters already; build the model around a fresh one")
     # Subclasses are left out: nn.MultiheadAttention reads its out_proj's weight and would never call an adapter.
     targets = [
-        f"{block}.{name}" if name else block
-        for block in blocks
-        for name, layer in module.get_submodule(block).named_modules()
+        f"{path}.{name}" if name else path
+        for path in (*spec.after(model.point), *spec.heads)
+        for name, layer in module.get_submodule(path).named_modules()
         if type(layer) in (nn.Linear, nn.Conv2d)
     ]
     if not targets:
@@ -81,11 +86,51 @@ def learning_rate(step: int, config: DistilConfig) -> float:
     return (1 + math.cos(math.pi * (step - config.warmup) / (config.steps - config.warmup))) / 2
 
 
-def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: DistilConfig) -> Iterator[dict[str, float]]:
-    """Train in place, one step for each record that is taken; a record has every output's distance and the loss.
+def start(model: LatentGeometryModel, config: DistilConfig) -> torch.optim.AdamW:
+    """Adapters if the model has none, and the optimiser of all that is trained; nothing else needs a gradient after it.
 
-    Both models run in eval mode, as they are used. A batch whose gradient is not finite changes nothing, and its
-    record's `gradient` says so.
+    Both models run in eval mode, as they are used.
+    """
+    if model.lora is None:
+        add_lora(model, config.rank, config.alpha)
+    model.eval().requires_grad_(False)
+    groups = []
+    for share, adapters in ((1.0, True), (config.connector, False)):
+        some = [p.requires_grad_() for name, p in trained(model).items() if ("lora_" in name) == adapters]
+        groups.append({"params": some, "lr": share * config.lr, "share": share})
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+
+def distil_step(
+    model: LatentGeometryModel, sample: Sample, optimizer: torch.optim.AdamW, step: int, config: DistilConfig
+) -> dict[str, float]:
+    """Train on one batch, the `step`-th from 0: each distance (outputs, matched modules), loss and gradient before it.
+
+    A batch whose gradient is not finite changes nothing, and `gradient` says so.
+    """
+    rate = config.lr * learning_rate(step, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    module, matched = model.backbone.module, model.backbone.spec.matched
+    with recorded(module, matched) as ours:
+        scene = student(model, sample)
+    with recorded(module, matched) as theirs:
+        wanted = teach(model, sample)
+    distances = output_distances(scene, wanted)
+    gaps = {path: (ours[path] - theirs[path]).abs().mean() for path in matched}
+    loss = config.weights.total(distances).mean() + config.matched * sum(gaps.values())
+    for group in optimizer.param_groups:
+        group["lr"] = group["share"] * rate
+    optimizer.zero_grad()
+    loss.backward()
+    gradient = nn.utils.clip_grad_norm_(parameters, config.clip)
+    if gradient.isfinite():
+        optimizer.step()
+    record = {name: float(x.detach().mean()) for name, x in (distances | gaps).items()}
+    return {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": rate}
+
+
+def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: DistilConfig) -> Iterator[dict[str, float]]:
+    """Train in place, one step (`distil_step`) for each record that is taken.
 
     Args:
         model: from `stitch`; it is given adapters if it has none.
@@ -94,22 +139,8 @@ def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: Distil
     Raises:
         ValueError: samples that run out, or do not fit the model.
     """
-    if model.lora is None:
-        add_lora(model, config.rank, config.alpha)
-    model.eval().requires_grad_(False)
-    parameters = [p.requires_grad_() for p in trained(model).values()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    steps = 0
+    optimizer, steps = start(model, config), 0
     for steps, sample in enumerate(islice(samples, config.steps), start=1):
-        distances = output_distances(student(model, sample), teach(model, sample))
-        loss = config.weights.total(distances).mean()
-        optimizer.param_groups[0]["lr"] = rate = config.lr * learning_rate(steps - 1, config)
-        optimizer.zero_grad()
-        loss.backward()
-        gradient = nn.utils.clip_grad_norm_(parameters, config.clip)
-        if gradient.isfinite():
-            optimizer.step()
-        record = {name: float(x.detach().mean()) for name, x in distances.items()}
-        yield {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": rate}
+        yield distil_step(model, sample, optimizer, steps - 1, config)
     if steps < config.steps:
         raise ValueError(f"the samples ran out after {steps} of {config.steps} steps; give as many batches as steps")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _IN_USE: "WeakSet[nn.Module]" = WeakSet()
@@ -66,3 +66,19 @@ def hooked(
     for path in hooks:
         if runs[path] != 1:
             raise ValueError(f"block {path} ran {runs[path]} times in one pass; a stitch point runs exactly once")
+
+
+@contextmanager
+def recorded(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What some modules put out in the last pass inside the context: the tensor, or the first of a tuple."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str, block: nn.Module, args: Any, output: Any) -> None:
+        found[path] = output[0] if isinstance(output, list | tuple) else output
+
+    handles = [module.get_submodule(path).register_forward_hook(partial(keep, path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

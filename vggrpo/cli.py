@@ -144,6 +144,23 @@ def sft_recipe(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def stitch_recipe(path: str, overrides: Sequence[str]) -> int:
+    """Make a latent geometry model: closed form, distillation, report; or go on where it stopped."""
+    from pathlib import Path
+
+    from vggrpo.bootstrap.vae import load_vae
+    from vggrpo.stitch.publish import publish
+    from vggrpo.stitch.recipe import StitchRecipe
+    from vggrpo.stitch.run import make_model, prepare, report
+
+    recipe = read_recipe(StitchRecipe, path, overrides)
+    prepare(recipe)
+    vae = load_vae(Path(recipe.wan) / "vae")
+    ranked, made = make_model(recipe, vae)
+    print(*publish(recipe, path, report(recipe, vae, ranked, made), made), sep="\n")
+    return 0
+
+
 def bootstrap_text(path: str, overrides: Sequence[str]) -> int:
     """Build the tokenizer, train the text encoder, or go on where it stopped; write both with their card."""
     from vggrpo.bootstrap.captions import draw_captions
@@ -227,7 +244,7 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command.set_defaults(action=action)
 
 
-COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "train": train_recipe}
+COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
 FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "evaluate": evaluate}
 """Commands whose flags are the fields of a dataclass."""
 STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}

@@ -219,7 +219,17 @@ def spec(config: TinyConfig) -> BackboneSpec:
         for k in range(pairs)
         for kind in ("frame", "world")
     ]
-    return BackboneSpec(config.patch, config.encoder_dim, NUM_PREFIX, (*encoder, *tail), encoder, "unit")
+    heads = ("correlation", "merge", "from_class", "from_focal", "coarse", "focal", "from_solved", "expand")
+    return BackboneSpec(
+        config.patch,
+        config.encoder_dim,
+        NUM_PREFIX,
+        (*encoder, *tail),
+        encoder,
+        "unit",
+        (*heads, "dense", "fine"),
+        ("correlation",),
+    )
 
 
 def call(module: nn.Module, images: Tensor, intrinsics: Tensor | None) -> Prediction:

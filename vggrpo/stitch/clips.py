@@ -1,0 +1,124 @@
+"""What a latent geometry model is made of: clips of the world and videos of the generator, and their latents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from geometry.latent import LatentSpec
+from geometry.stitch import Sample
+from vggrpo.bootstrap.assets import load_tensors, save_tensors
+from vggrpo.bootstrap.captions import draw_captions
+from vggrpo.bootstrap.geometry_train import lessons_of
+from vggrpo.bootstrap.progress import Progress
+from vggrpo.bootstrap.vae import decode, denormalise, encode, normalise
+from vggrpo.stitch.recipe import SamplingRecipe
+
+AT_ONCE = 4
+"""Clips in one pass of a network."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """N clips as both models see them."""
+
+    z: Float[Tensor, "N C L h w"]
+    """Normalised."""
+    video: UInt8[Tensor, "N T 3 H W"]
+    """What the teacher looks at."""
+    intrinsics: Float[Tensor, "N T 3 3"] | None
+    """None where nobody knows them."""
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def sample(self, rows: Tensor | slice, L: int | None = None, *, focal: bool = True) -> Sample:
+        """Some of the clips up to their latent L, which the causal VAE makes of their first 4 (L - 1) + 1 frames."""
+        z = self.z[rows, :, :L]
+        T = 4 * (z.shape[2] - 1) + 1
+        known = None if self.intrinsics is None or not focal else self.intrinsics[rows, :T]
+        return Sample(z, self.video[rows, :T].float() / 255, known)
+
+    def batches(self) -> Iterator[Sample]:
+        """All of them in order, `AT_ONCE` at a time."""
+        return (self.sample(slice(start, start + AT_ONCE)) for start in range(0, len(self), AT_ONCE))
+
+
+def latent_spec(vae: AutoencoderKLWan) -> LatentSpec:
+    """What the latents of a Wan VAE are."""
+    c = vae.config
+    return LatentSpec(
+        c.z_dim, c.scale_factor_temporal, c.scale_factor_spatial, tuple(c.latents_mean), tuple(c.latents_std)
+    )
+
+
+@torch.no_grad()
+def latents_of(vae: AutoencoderKLWan, video: Float[Tensor, "N T 3 H W"]) -> Float[Tensor, "N C L h w"]:
+    """Normalised latents of video in [0, 1]."""
+    return torch.cat([normalise(vae, encode(vae, some)) for some in video.split(AT_ONCE)])
+
+
+@torch.no_grad()
+def decoded(vae: AutoencoderKLWan, z: Float[Tensor, "N C L h w"]) -> Float[Tensor, "N T 3 H W"]:
+    """Video in [0, 1] of normalised latents."""
+    return torch.cat([decode(vae, denormalise(vae, some)).clamp(0, 1) for some in z.split(AT_ONCE)])
+
+
+def world_clips(path: Path, vae: AutoencoderKLWan, seeds: range, patch: int) -> Clips:
+    """Clips of the world, hand-held and with moving bodies as those the teacher learnt from; kept in `path`."""
+    if not path.exists():
+        lessons = lessons_of(seeds, patch)
+        z = latents_of(vae, lessons.video.float() / 255)
+        save_tensors(path, {"z": z, "video": lessons.video, "intrinsics": lessons.intrinsics.contiguous()})
+    return Clips(**load_tensors(path)[0])
+
+
+def generated_clips(path: Path, vae: AutoencoderKLWan, wan: Path, how: SamplingRecipe) -> Clips:
+    """Videos that the generator draws for captions of the world, decoded for the teacher; kept in `path`."""
+    if not path.exists():
+        z = _draw(wan, vae, how)
+        save_tensors(path, {"z": z, "video": (255 * decoded(vae, z)).round().byte()})
+    return Clips(**load_tensors(path)[0], intrinsics=None)
+
+
+def check_generator(wan: Path, how: SamplingRecipe) -> None:
+    """Refuse a recipe that wants samples of a generator that is not there.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if how.num_samples and not (wan / "transformer").is_dir():
+        raise ValueError(f"{wan} has no transformer/ to draw samples from: set sampling.num_samples=0 or train one")
+
+
+@torch.no_grad()
+def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor, "N C L h w"]:
+    """Latents of `num_samples` videos, one caption each, by the ODE with guidance."""
+    from vggrpo.flow import Velocity
+    from vggrpo.guidance import classifier_free
+    from vggrpo.policy.wan import load_encoders, wan_velocity
+    from vggrpo.sampler import normal, ode_sample, time_grid
+    from vggrpo.sft import load_transformer
+
+    check_generator(wan, how)
+    transformer = load_transformer(wan).eval()
+
+    def told(text: Tensor) -> Velocity:
+        return lambda z, t: wan_velocity(transformer, z, torch.as_tensor(t).expand(len(z)), text)
+
+    encode_text = load_encoders(wan, how.max_len, "cpu").text
+    seeds, progress, parts = range(how.first_caption, how.first_caption + how.num_samples), Progress(), []
+    grid, negative = time_grid(how.num_steps, how.shift), encode_text([""])
+    for start in range(0, len(seeds), AT_ONCE):
+        some = seeds[start : start + AT_ONCE]
+        text = encode_text([caption.text for caption in draw_captions(some)])
+        noise = normal((len(some), vae.config.z_dim, 5, 8, 8), [torch.Generator().manual_seed(seed) for seed in some])
+        parts.append(
+            ode_sample(classifier_free(told(text), told(negative.expand_as(text)), how.guidance_scale), noise, grid)
+        )
+        progress(f"sampling: {start + len(some)} of {len(seeds)} videos")
+    return torch.cat(parts)
