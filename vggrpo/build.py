@@ -66,8 +66,9 @@ def _mixture(recipe: Recipe, accelerator: Accelerator) -> Parts:
 def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Parts:
     """A Wan with LoRA, judged by a latent geometry model. Neither VAE nor text encoder stays."""
     from vggrpo.data import read_prompts
+    from vggrpo.policy.lora import add_lora
     from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
-    from vggrpo.sft import add_lora, load_transformer
+    from vggrpo.sft import load_transformer
     from vggrpo.stitch.load import load_lgm
 
     grpo, folder = recipe.grpo, Path(video.model)

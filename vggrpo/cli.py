@@ -100,6 +100,12 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -
             watched.remove()
             session.close()
     session.save(done, bare, optimizer)
+    if recipe.video is not None and main:
+        from pathlib import Path
+
+        from vggrpo.policy.lora import save_lora
+
+        save_lora(bare.transformer, Path(recipe.out))
     return 0
 
 

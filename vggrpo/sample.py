@@ -111,6 +111,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     Raises:
         ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
     """
+    from vggrpo.policy.lora import WEIGHTS
     from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
     from vggrpo.sft import load_transformer
     from vggrpo.stitch.load import load_lgm
@@ -119,9 +120,9 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
     transformer = load_transformer(folder)
     if cfg.lora is not None:
-        if not (Path(cfg.lora) / "pytorch_lora_weights.safetensors").is_file():
-            raise ValueError(f"{cfg.lora} has no pytorch_lora_weights.safetensors: it is not a LoRA's folder")
-        transformer.load_lora_adapter(cfg.lora, prefix="transformer")
+        if not (Path(cfg.lora) / WEIGHTS).is_file():
+            raise ValueError(f"{cfg.lora} has no {WEIGHTS}: it is not the folder of a LoRA")
+        transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=WEIGHTS)
     encode = cached_prompts(load_encoders(folder, cfg.max_len, cfg.device), [*prompts, cfg.negative_prompt])
     lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
     network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
