@@ -231,6 +231,25 @@ def sample(argv: Sequence[str]) -> int:
     return 0
 
 
+def score(argv: Sequence[str]) -> int:
+    """Geometry and rewards of any video, as JSON; with pictures and clouds if wanted."""
+    import json
+
+    import tyro
+
+    from vggrpo.score import ScoreConfig, found_videos, load_model, write
+    from vggrpo.score import score as score_one
+
+    cfg = tyro.cli(ScoreConfig, args=list(argv), prog="vggrpo score", description=score.__doc__)
+    model = load_model(cfg)
+    for name, video in found_videos(cfg):
+        scene, said = score_one(video, model, judges=cfg.judges)
+        print(json.dumps({"video": name} | said))
+        if cfg.out is not None:
+            write(cfg, name, video, scene, said)
+    return 0
+
+
 def evaluate(argv: Sequence[str]) -> int:
     """Base against tuned by judges that no reward knows: same prompts, same noise; JSON lines, Markdown and HTML."""
     import tyro
@@ -251,6 +270,6 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
 
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
-FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "evaluate": evaluate}
+FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "score": score, "evaluate": evaluate}
 """Commands whose flags are the fields of a dataclass."""
 STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}
