@@ -57,6 +57,30 @@ def test_imports_point_one_way(where):
     assert not {name: modules for name, modules in broken.items() if modules}
 
 
+def knows_the_referee(source: str) -> bool:
+    """Whether some source imports the second geometry model, or the adjustment that is its own."""
+    return any("referee" in name or name.startswith("geometry.models.bundle") for name in imports(source))
+
+
+def test_only_judges_know_the_referee():
+    """Rewards, trainers and stitching must not: who is judged by it may not have been taught by it."""
+    broken = []
+    for package in ("geometry", "rewards", "vggrpo"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            source = file.read_text()
+            if file == ROOT / "vggrpo/cli.py":  # the command that trains it, and no other
+                own = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "bootstrap_referee")
+                source = source.replace(ast.get_source_segment(source, own) or "", "")
+            if file.stem.startswith("referee") or file.is_relative_to(ROOT / "vggrpo/evaluate"):
+                continue
+            if knows_the_referee(source):
+                broken.append(str(file.relative_to(ROOT)))
+    assert not broken
+    assert knows_the_referee("def f():\n    from geometry.models.referee import Referee")
+    assert knows_the_referee("from vggrpo.bootstrap import referee_publish")
+    assert not knows_the_referee("from geometry.models.solver import chain")
+
+
 def test_the_rule_can_be_broken():
     assert forbidden("import rewards", RULES["geometry"]) == {"rewards"}
     assert forbidden("def f():\n    from vggrpo.policy import wan", RULES["vggrpo/trainer.py"]) == {

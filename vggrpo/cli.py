@@ -259,6 +259,27 @@ def evaluate(argv: Sequence[str]) -> int:
 
     cfg = tyro.cli(EvaluateConfig, args=list(argv), prog="vggrpo evaluate", description=evaluate.__doc__)
     print(evaluate_lora(cfg, Progress()))
+
+
+def bootstrap_referee(path: str, overrides: Sequence[str]) -> int:
+    """Train the referee, or go on where it stopped; measure it on fresh clips; write it with its card."""
+    from pathlib import Path
+
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.referee_data import load_exams
+    from vggrpo.bootstrap.referee_publish import publish
+    from vggrpo.bootstrap.referee_train import RefereeRecipe, start_run, train_referee
+
+    recipe, progress = read_recipe(RefereeRecipe, path, overrides), Progress()
+    seeds = range(recipe.first_clip, recipe.first_clip + recipe.num_clips)
+    clips, run = load_exams(Path(recipe.out), seeds, Path(recipe.vae)), start_run(recipe)
+    for terms in train_referee(run, recipe, clips):
+        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
+        progress(
+            f"step {run.step} of {recipe.num_steps}  depth {terms['depth']:.3f}  "
+            f"witness {terms['witness']:.3f}  {left:.0f} min left"
+        )
+    print(*publish(run, recipe, path), sep="\n")
     return 0
 
 
@@ -272,4 +293,9 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
 FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "score": score, "evaluate": evaluate}
 """Commands whose flags are the fields of a dataclass."""
-STAGES: dict[str, Action] = {"geometry": bootstrap_geometry, "text": bootstrap_text, "vae": bootstrap_vae}
+STAGES: dict[str, Action] = {
+    "geometry": bootstrap_geometry,
+    "referee": bootstrap_referee,
+    "text": bootstrap_text,
+    "vae": bootstrap_vae,
+}

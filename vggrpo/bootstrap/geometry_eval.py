@@ -1,6 +1,6 @@
 """How good a geometry model is on clips of the world, by kind of scene and camera, beside controls that must fail."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geometry.cameras import relative, so3_log, unproject
-from geometry.models.tiny import TinyGeometry, call, parse
 from geometry.types import Geometry
 from vggrpo.bootstrap.lesson import Lesson
 
+Model = Callable[[Tensor, Tensor | None], Geometry]
+"""Videos [B T 3 H W] and their intrinsics, if known, to geometry."""
 CLIPS_AT_ONCE = 4
 MOVES = 0.08
 """A camera that is closer than this to its start at the end, in median depths, has no direction to get right."""
@@ -22,13 +23,12 @@ TURNS = 0.2
 
 
 @torch.no_grad()
-def predict(network: TinyGeometry, lessons: Lesson, *, with_focal: bool = True) -> Geometry:
-    """The network's geometry of every clip."""
+def predict(model: Model, lessons: Lesson, *, with_focal: bool = True) -> Geometry:
+    """The model's geometry of every clip."""
     parts = []
     for start in range(0, len(lessons), CLIPS_AT_ONCE):
         some = lessons.map(lambda x, start=start: x[start : start + CLIPS_AT_ONCE])  # type: ignore[misc]
-        raw = call(network, some.video.float() / 255, some.intrinsics if with_focal else None)
-        parts.append(vars(parse(raw, (some.video.shape[-2], some.video.shape[-1]))))
+        parts.append(vars(model(some.video.float() / 255, some.intrinsics if with_focal else None)))
     tensors = {name: torch.cat([part[name] for part in parts]) for name, x in parts[0].items() if isinstance(x, Tensor)}
     return Geometry(**tensors, flow_grid="frame")
 
@@ -68,25 +68,25 @@ def measure(scene: Geometry, lessons: Lesson) -> dict[str, float]:
     }
 
 
-def report(network: TinyGeometry, lessons: Lesson, motions: Sequence[str]) -> dict[str, dict[str, float]]:
+def report(model: Model, lessons: Lesson, motions: Sequence[str]) -> dict[str, dict[str, float]]:
     """`measure` of all clips, of static and dynamic ones, of each camera motion, without the focal length; controls.
 
     Controls: "constant" creeps forward through a plane; "frozen" sees the first frame throughout; "shuffled" sees the
     frames in another order than the truth's.
     """
-    scene = predict(network, lessons)
+    scene = predict(model, lessons)
     moving = lessons.dynamic.flatten(1).any(1)
     groups: dict[str, Tensor] = {"all": torch.ones_like(moving), "bodies stand": ~moving, "bodies move": moving}
     for name in sorted(set(motions)):
         groups[f"camera: {name}"] = torch.tensor([m == name for m in motions], device=moving.device)
     result = {name: _part(scene, lessons, mask) for name, mask in groups.items()}
-    result["all, focal length unknown"] = measure(predict(network, lessons, with_focal=False), lessons)
+    result["all, focal length unknown"] = measure(predict(model, lessons, with_focal=False), lessons)
     result["control: constant"] = measure(constant(lessons), lessons)
     frozen = replace(lessons, video=lessons.video[:, :1].expand_as(lessons.video))
-    result["control: frozen"] = measure(predict(network, frozen), lessons)
+    result["control: frozen"] = measure(predict(model, frozen), lessons)
     order = torch.randperm(lessons.video.shape[1], generator=torch.Generator().manual_seed(0)).to(moving.device)
     shuffled = replace(lessons, video=lessons.video[:, order])
-    result["control: shuffled"] = measure(predict(network, shuffled), lessons)
+    result["control: shuffled"] = measure(predict(model, shuffled), lessons)
     return result
 
 

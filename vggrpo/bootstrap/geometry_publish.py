@@ -1,6 +1,7 @@
 """The finished geometry model on disk: weights, what they measure on fresh clips, and a card that says both."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 
 from geometry.backbone import HookedBackbone
 from geometry.models.tiny import TinyConfig, TinyGeometry, call, parse, spec
-from geometry.world import MOTIONS, make_clips
+from geometry.world import MOTIONS, Motion, make_clips
 from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
 from vggrpo.bootstrap.geometry_eval import report
 from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
+from vggrpo.bootstrap.geometry_train import VALIDATION
 from vggrpo.bootstrap.lesson import Lesson, lesson
 from vggrpo.bootstrap.training import Training
 from vggrpo.bootstrap.vae_publish import hardware
@@ -55,15 +57,15 @@ def publish(run: Training[TinyGeometry], recipe: GeometryRecipe, path: str) -> l
         "hardware": hardware(recipe.device),
         "parameters": sum(weight.numel() for weight in run.network.parameters()),
         "curve": run.curve,
+        "curve_clips": len(VALIDATION),
         "sha256": {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)},
     }
     save_json(folder / "card.json", card)
     backbone = load_geometry(folder).to(recipe.device)
-    assert isinstance(backbone.module, TinyGeometry)
-    found = report(backbone.module, *held_out(recipe.model.patch, recipe.device))
+    found = report(backbone, *held_out(recipe.model.patch, recipe.device))
     card["held_out"] = {kind: {k: round(x, 4) for k, x in numbers.items()} for kind, numbers in found.items()}
     save_json(folder / "card.json", card)
-    (folder / "README.md").write_text(card_text(card))
+    (folder / "README.md").write_text(card_text(card, "tiny-geometry", "geometry/models/tiny.py"))
     return [f"wrote {folder}", *table(card["held_out"])]
 
 
@@ -85,14 +87,19 @@ def load_geometry(folder: str | Path) -> HookedBackbone:
 def held_out(patch: int, device: str = "cpu", first: int = HELD_OUT) -> tuple[Lesson, list[str]]:
     """Steady clips of every camera motion, half of them with moving bodies, and the motion of each."""
     parts, motions = [], []
-    for family, motion in enumerate(MOTIONS):
-        start = first + PER_KIND * family
-        for half, dynamic in enumerate((False, True)):
-            seeds = range(start + half * PER_KIND // 2, start + (half + 1) * PER_KIND // 2)
-            parts.append(lesson(make_clips(seeds, dynamic=dynamic, motion=motion), patch))
-            motions += [motion] * len(seeds)
+    for seeds, motion, dynamic in held_out_groups(first):
+        parts.append(lesson(make_clips(seeds, dynamic=dynamic, motion=motion), patch))
+        motions += [motion] * len(seeds)
     whole = {name: torch.cat([getattr(part, name) for part in parts]).to(device) for name in vars(parts[0])}
     return Lesson(**whole), list(motions)
+
+
+def held_out_groups(first: int) -> Iterator[tuple[range, Motion, bool]]:
+    """Seeds of held-out clips, with their camera motion and whether bodies move: half a kind at a time."""
+    for family, motion in enumerate(MOTIONS):
+        start = first + PER_KIND * family
+        yield range(start, start + PER_KIND // 2), motion, False
+        yield range(start + PER_KIND // 2, start + PER_KIND), motion, True
 
 
 def table(found: dict[str, dict[str, float]]) -> list[str]:
@@ -104,27 +111,27 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
     return rows
 
 
-def card_text(card: dict[str, Any]) -> str:
-    """The card for people."""
+def card_text(card: dict[str, Any], name: str, source: str) -> str:
+    """The card for people, of the asset `name` whose network is in the file `source`."""
     whole = card["held_out"]["all"]
     rows = ["| | measured | bar | |", "|---|---|---|---|"]
-    for name, (words, bar, sign) in BARS.items():
-        met = "" if bar is None else "met" if sign * (whole[name] - bar) >= 0 else "missed"
-        rows.append(f"| {words} | {whole[name]:.3f} | {'' if bar is None else bar} | {met} |")
+    for key, (words, bar, sign) in BARS.items():
+        met = "" if bar is None else "met" if sign * (whole[key] - bar) >= 0 else "missed"
+        rows.append(f"| {words} | {whole[key]:.3f} | {'' if bar is None else bar} | {met} |")
     curve = ["| step | minutes | " + " | ".join(BARS) + " |", "|---|---|" + "---|" * len(BARS)]
     for point in card["curve"]:
-        cells = [f"{point[name]:.2f}" if name in point else "" for name in BARS]
+        cells = [f"{point[key]:.2f}" if key in point else "" for key in BARS]
         curve.append(f"| {point['step']} | {point['seconds'] / 60:.1f} | " + " | ".join(cells) + " |")
     first, last = card["seeds"]["training"]
     lines = [
-        "# tiny-geometry",
+        f"# {name}",
         "",
-        f"{card['what']}. {card['parameters']:,} parameters; `geometry/models/tiny.py` says how it works.",
+        f"{card['what']}. {card['parameters']:,} parameters; `{source}` says how it works.",
         "Depth is in units of about the clip's median depth.",
         "",
         f"Made by `{card['command']}`: {card['steps']} steps, {60 * card['hours']:.0f} minutes of training,",
         f"{card['hardware']}, clips of seeds {first} to {last} of the procedural world. Files: "
-        + ", ".join(f"`{name}` ({digest[:12]}...)" for name, digest in card["sha256"].items())
+        + ", ".join(f"`{file}` ({digest[:12]}...)" for file, digest in card["sha256"].items())
         + ".",
         "",
         *_replanned(card["plans"]),
@@ -138,7 +145,7 @@ def card_text(card: dict[str, Any]) -> str:
         "",
         *table(card["held_out"]),
         "",
-        "## Curve (32 clips of other seeds, the running average of the weights)",
+        f"## Curve ({card['curve_clips']} clips of other seeds, the running average of the weights)",
         "",
         *curve,
         "",

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geometry.models.tiny import TinyGeometry
+from geometry.backbone import HookedBackbone
+from geometry.models.tiny import TinyGeometry, call, parse, spec
 from geometry.world import make_clips
 from vggrpo.bootstrap.assets import load_tensors, save_tensors
 from vggrpo.bootstrap.geometry_eval import measure, predict
@@ -156,7 +157,8 @@ def _note_and_save(run: Training[TinyGeometry], recipe: GeometryRecipe, validati
     if run.curve and run.curve[-1]["step"] == run.step:
         return
     with run.averaged() as network:
-        numbers = measure(predict(network, validation), validation)
+        model = HookedBackbone(network, spec(network.config), call, parse)
+        numbers = measure(predict(model, validation), validation)
     rounded = {name: round(value, 4) for name, value in numbers.items()}
     run.curve.append({"step": run.step, "seconds": round(run.seconds, 1)} | rounded)
     save_training(checkpoint_of(recipe), run, asdict(recipe))

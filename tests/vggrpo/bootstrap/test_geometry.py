@@ -6,8 +6,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from geometry.backbone import HookedBackbone
 from geometry.cameras import inverse, relative, unproject
-from geometry.models.tiny import TinyConfig
+from geometry.models.tiny import TinyConfig, call, parse, spec
 from geometry.types import Geometry
 from geometry.world import PERTURBATIONS, make_clips
 from vggrpo.bootstrap.geometry_eval import auc, constant, measure, report, spearman
@@ -147,7 +148,8 @@ def test_batches_are_drawn_from_their_generator_alone(lessons):
 
 def test_the_report_tells_kinds_apart(lessons, tmp_path):
     run = start_run(replace(RECIPE, out=str(tmp_path)))
-    found = report(run.network, lessons.map(lambda x: x[6:9]), ["pan", "orbit", "static"])
+    model = HookedBackbone(run.network, spec(SMALL), call, parse)
+    found = report(model, lessons.map(lambda x: x[6:9]), ["pan", "orbit", "static"])
     assert {
         "all",
         "bodies stand",
