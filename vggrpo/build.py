@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from geometry.types import Geometry
-from rewards import DEFAULT, REWARDS
+from rewards import DEFAULT, REWARDS, reprojection_consistency
 from vggrpo.config import Recipe, VideoConfig
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
@@ -73,7 +73,7 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards = chosen_rewards(grpo.weights)
+    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold)
     prompts = read_prompts(video.prompts)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
@@ -102,7 +102,7 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
     return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
 
 
-def chosen_rewards(weights: dict[str, float] | None) -> dict[str, RewardFn]:
+def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -> dict[str, RewardFn]:
     """The shipped rewards of these names; by default those of `rewards.DEFAULT`.
 
     Raises:
@@ -113,7 +113,8 @@ def chosen_rewards(weights: dict[str, float] | None) -> dict[str, RewardFn]:
             near = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    return {name: REWARDS[name] for name in (weights or DEFAULT)}
+    estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
+    return {name: estimated.get(name, REWARDS[name]) for name in (weights or DEFAULT)}
 
 
 def concatenated(scenes: Sequence[Geometry]) -> Geometry:

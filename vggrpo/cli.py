@@ -259,6 +259,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
     cfg = tyro.cli(EvaluateConfig, args=list(argv), prog="vggrpo evaluate", description=evaluate.__doc__)
     print(evaluate_lora(cfg, Progress()))
+    return 0
 
 
 def bootstrap_referee(path: str, overrides: Sequence[str]) -> int:
