@@ -20,8 +20,10 @@ from vggrpo.sample import SampleConfig, best, load_models, sample_videos
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "launch/recipes/tiny.yaml")
-SMALL = ["grpo.group_size=2", "sampling.num_steps=3", "sampling.window.size=1", "sampling.window.stop=2", "grpo.beta=0.1",
-         "video.frames=5", "video.height=32", "video.width=32"]  # fmt: skip
+SMALL = [
+    *("grpo.group_size=2", "grpo.beta=0.1", "sampling.num_steps=3", "sampling.window.size=1", "sampling.window.stop=2"),
+    *("video.frames=5", "video.height=32", "video.width=32"),
+]
 
 
 @pytest.fixture(autouse=True)
