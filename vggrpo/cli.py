@@ -216,6 +216,7 @@ def sample(argv: Sequence[str]) -> int:
     from vggrpo.sample import SampleConfig, load_models, record, sample_videos, save_sampled
 
     cfg = tyro.cli(SampleConfig, args=list(argv), prog="vggrpo sample", description=sample.__doc__)
+    cfg.check()
     prompts, out, progress = read_prompts(cfg.prompts), Path(cfg.out), Progress()
     models, records = load_models(cfg, prompts), []
     vae = AutoencoderKLWan.from_pretrained(Path(cfg.model) / "vae", local_files_only=True).to(cfg.device).eval()

@@ -36,7 +36,9 @@ class EvaluateConfig:
     num_seeds: int = 1
     """Videos of each prompt and side."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
+        self.sampling.check()
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be >= 1, got {self.num_seeds}")
         if self.sampling.lora is None and self.sampling.best_of == 1 and self.sampling.guidance_geometry == 0:
@@ -49,6 +51,7 @@ def evaluate_lora(cfg: EvaluateConfig, say: Callable[[str], None]) -> str:
     Raises:
         ValueError: from loading and reading.
     """
+    cfg.check()
     out, prompts = Path(cfg.sampling.out), read_prompts(cfg.sampling.prompts)
     plain = replace(cfg.sampling, lora=None, best_of=1, guidance_geometry=0.0)
     sides: dict[str, list[dict[str, Value]]] = {}
@@ -90,5 +93,5 @@ def _plain(told: dict[str, Value]) -> dict[str, float | str | None]:
     return {name: x.reason or None if math.isnan(x.value) else x.value for name, x in told.items()}
 
 
-def _none(x: float) -> float | None:
+def _none(x: float | int) -> float | int | None:
     return None if x != x else x

@@ -75,7 +75,8 @@ class SampleConfig:
     device: str = "cpu"
     """Or cuda."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
         time_grid(self.num_steps, self.shift)
         if self.best_of < 1 or self.guide_every < 1 or self.guidance_geometry < 0:
             raise ValueError("best_of and guide_every must be >= 1, and guidance_geometry >= 0")
@@ -116,6 +117,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     from vggrpo.sft import load_transformer
     from vggrpo.stitch.load import load_lgm
 
+    cfg.check()
     folder = Path(cfg.model)
     shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
     transformer = load_transformer(folder)

@@ -60,7 +60,8 @@ class ScoreConfig:
     rerun: bool = False
     """Write a recording for rerun."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
         DataConfig(videos="", frames=self.frames, every=self.every, height=self.height, width=self.width)
         if not self.videos:
             raise ValueError("name at least one video, or a folder of them")
@@ -74,6 +75,7 @@ def load_model(cfg: ScoreConfig) -> GeometryModel:
     Raises:
         ValueError: a file that is missing or not the one that its card speaks of.
     """
+    cfg.check()
     if cfg.through == "rgb":
         from vggrpo.bootstrap.geometry_publish import load_geometry
 
