@@ -13,7 +13,7 @@ Validity
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -55,6 +55,7 @@ class Geometry:
         return replace(self, **changed)
 
 
+@runtime_checkable
 class GeometryModel(Protocol):
     """Anything that turns RGB video into geometry."""
 

@@ -72,7 +72,9 @@ def check(
             scene = geometry(rollout.z0)
         with clock("reward"):
             reward = run.gather(score(rewards, scene, rollout))
-    advantage = group_advantage(reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, clamp=cfg.clamp)
+    advantage = group_advantage(
+        reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, clamp=cfg.clamp
+    )
     with clock("update"):
         replayed = replay_backward(policy, rollout, run.local(advantage), run, cfg)
     grad_norm = float(torch.stack([_norm(p.grad) for p in trainable]).norm())

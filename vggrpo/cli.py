@@ -1,68 +1,20 @@
-"""The command line, and the only place where things are built from a recipe."""
+"""The command line: what each command does, in the words of the modules that do it."""
 
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 
+from vggrpo.bootstrap.commands import STAGES, bootstrap_eval
+from vggrpo.build import build
 from vggrpo.check import check
-from vggrpo.config import Recipe, load_recipe, read_recipe
-from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy
-from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
-from vggrpo.runtime import Run
-from vggrpo.trainer import GeometryFn, RewardFn, train
-from vggrpo.types import Condition
+from vggrpo.config import load_recipe, read_recipe
 
-Action = Callable[[str, Sequence[str]], int]
-"""What a command does with the path of a recipe and what is said on top of it; the exit status comes back."""
-
-
-class Parts(NamedTuple):
-    """All that a recipe names, built."""
-
-    network: nn.Module
-    policy: FlowPolicy
-    geometry: GeometryFn
-    rewards: dict[str, RewardFn]
-    conditions: Iterator[Condition]
-    """Global batches, without end."""
-    optimizer: torch.optim.Optimizer
-    run: Run
-
-
-def build(recipe: Recipe, accelerator: Accelerator | None = None) -> Parts:
-    """The embedded mixture under this launch; on the CPU, for it is two-dimensional.
-
-    Raises:
-        ValueError: a batch that the ranks cannot share, a prompt or reward that names no mode.
-    """
-    grpo, mixture = recipe.grpo, recipe.mixture
-    run = Run(accelerator or Accelerator(cpu=True), grpo.num_prompts, grpo.group_size)
-    torch.manual_seed(grpo.seed)
-    network = MixtureFlow(mixture.width)
-    reference = frozen_copy(network) if grpo.beta > 0 else None
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.optimizer.lr, weight_decay=recipe.optimizer.weight_decay
-    )
-    network, optimizer = run.prepare(network, optimizer)
-    encode_modes(Condition([*mixture.prompts, recipe.sampling.negative_prompt]))
-    reward = partial(nearness, mixture.wanted)
-    reward(torch.zeros(2))
-    policy = FlowPolicy(network, encode_modes, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
-    return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
-
-
-def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:
-    """The prompts over and over, a global batch at a time: the same on every rank."""
-    endless = itertools.cycle(prompts)
-    while True:
-        yield Condition(list(itertools.islice(endless, run.num_prompts)))
+Action = Callable[..., int]
+"""What a command does with the path of a recipe, what is said on top of it, and flags; the exit status comes back."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
+    train = commands.choices["train"]
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.set_defaults(run=lambda args: train_recipe(args.recipe, args.overrides, resume=args.resume))
+    for name, flagged in FLAGGED.items():
+        commands.add_parser(name, help=flagged.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
     stages = bootstrap.add_subparsers(dest="stage", required=True)
     for name, stage in STAGES.items():
@@ -80,13 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure.add_argument("--seed", type=int, help="first seed of the clips; drawn and printed if it is not given")
     measure.add_argument("--strict", action="store_true", help="a missed bar is status 1")
     measure.set_defaults(run=lambda args: bootstrap_eval(args.stages, args.seed, args.strict))
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in FLAGGED:
+        return _told(lambda: FLAGGED[words[0]](words[1:]))
+    args, rest = parser.parse_known_args(words)  # argparse takes no more overrides once it has seen a flag
+    unknown = [word for word in rest if "=" not in word or "overrides" not in args]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides += [word.removeprefix("--") for word in rest]
+    return _told(lambda: args.run(args))
+
+
+def _told(action: Callable[[], int]) -> int:
+    """The status of an action; what it raises is one line."""
     try:
-        status: int = args.run(args)
-    except ValueError as error:
+        return action()
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"vggrpo: {error}", file=sys.stderr)
         return 2
-    return status
 
 
 def check_recipe(path: str, overrides: Sequence[str]) -> int:
@@ -101,34 +70,50 @@ def check_recipe(path: str, overrides: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-def train_recipe(path: str, overrides: Sequence[str]) -> int:
-    """Train, and print every iteration's numbers."""
+def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+    """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
+    from vggrpo.session import Session
+    from vggrpo.signals import STATUS, Interrupted, Signals
+    from vggrpo.trainer import train
+
     recipe = load_recipe(path, overrides)
-    _, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
-    todo = itertools.islice(conditions, recipe.grpo.num_iterations)
-    for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo):
-        if run.accelerator.is_main_process:
-            print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    return 0
+    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
+    bare, main = run.accelerator.unwrap_model(network), run.accelerator.is_main_process
+    session = Session(recipe, writes=main)
+    first = done = session.begin(bare, optimizer, resume=resume, num_processes=run.accelerator.num_processes)
+    todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
+    boundary = 0  # updates made when iteration `done` was to begin: only there can a run be left and taken up
 
+    def poll(*_: Any) -> None:
+        if run.accelerator.num_processes == 1 and run.updates == boundary:
+            signals.poll()
 
-def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:
-    """Train the tiny video VAE, or go on where it stopped; measure it on fresh clips; write it with its card."""
-    from vggrpo.bootstrap.progress import Progress
-    from vggrpo.bootstrap.vae_publish import publish
-    from vggrpo.bootstrap.vae_recipe import VaeRecipe
-    from vggrpo.bootstrap.vae_train import load_footage, start_run, train_vae
+    with Signals() as signals:
+        watched = bare.register_forward_pre_hook(poll)
+        try:
+            for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo, first):
+                if "grad_norm" in numbers:
+                    done, boundary = int(numbers["step"]) + 1, run.updates
+                session.note(numbers)
+                if main:
+                    print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+                if done and done == numbers["step"] + 1 and done % recipe.checkpoint_every == 0:
+                    session.save(done, bare, optimizer)
+                if run.any(signals.received is not None):
+                    raise Interrupted
+        except Interrupted:
+            session.save(done, bare, optimizer)
+            return STATUS
+        finally:
+            watched.remove()
+            session.close()
+    session.save(done, bare, optimizer)
+    if recipe.video is not None and main:
+        from pathlib import Path
 
-    recipe = read_recipe(VaeRecipe, path, overrides)
-    clips, progress = load_footage(recipe), Progress()
-    run = start_run(recipe, clips)
-    for step in train_vae(run, recipe, clips):
-        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
-        progress(
-            f"step {run.step} of {recipe.num_steps}  loss {step.loss:.4f}  lr {step.lr:.1e}  "
-            f"PSNR {run.curve[-1]['psnr']:.2f}  {left:.0f} min left"
-        )
-    print(*publish(run, recipe, path, clips), sep="\n")
+        from vggrpo.policy.lora import save_lora
+
+        save_lora(bare.transformer, Path(recipe.out))
     return 0
 
 
@@ -161,88 +146,65 @@ def stitch_recipe(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def bootstrap_generator(path: str, overrides: Sequence[str]) -> int:
-    """Train the tiny text-to-video transformer, or go on where it stopped; write the whole pipeline with its card."""
+def sample(argv: Sequence[str]) -> int:
+    """Sample videos, with their latents, geometry and rewards; best-of-n and guidance by reward need no training."""
+    import json
     from pathlib import Path
 
-    from vggrpo.bootstrap.generator import GeneratorRecipe, publish_generator
-    from vggrpo.bootstrap.generator_eval import load_reader
-    from vggrpo.bootstrap.progress import Progress
-    from vggrpo.sft import finetune
+    import tyro
+    from diffusers import AutoencoderKLWan
 
-    recipe = read_recipe(GeneratorRecipe, path, overrides)
-    reader = load_reader(Path(recipe.referee))  # its absence is known before the training, not after
-    training = finetune(recipe.training, Progress())
-    print(*publish_generator(training, recipe, path, reader), sep="\n")
+    from vggrpo.bootstrap.progress import Progress
+    from vggrpo.bootstrap.vae import decode, denormalise
+    from vggrpo.data import read_prompts
+    from vggrpo.sample import SampleConfig, load_models, record, sample_videos, save_sampled
+
+    cfg = tyro.cli(SampleConfig, args=list(argv), prog="vggrpo sample", description=sample.__doc__)
+    cfg.check()
+    prompts, out, progress = read_prompts(cfg.prompts), Path(cfg.out), Progress()
+    models, records = load_models(cfg, prompts), []
+    vae = AutoencoderKLWan.from_pretrained(Path(cfg.model) / "vae", local_files_only=True).to(cfg.device).eval()
+    for number, one in enumerate(sample_videos(models, prompts, cfg)):
+        with torch.no_grad():
+            video = decode(vae, denormalise(vae, one.z0[None]))[0].clamp(0, 1)
+        save_sampled(out, number, one, (255 * video).round().byte().cpu())
+        records.append(record(cfg, number, one))
+        (out / "samples.json").write_text(json.dumps(records, indent=2) + "\n")
+        told = "  ".join(f"{name} {value:.3g}" for name, value in one.rewards.items())
+        progress(f"{number + 1} of {len(prompts)} videos  {told}")
+    print(f"wrote {out}")
     return 0
 
 
-def bootstrap_text(path: str, overrides: Sequence[str]) -> int:
-    """Build the tokenizer, train the text encoder, or go on where it stopped; write both with their card."""
-    from vggrpo.bootstrap.captions import draw_captions
-    from vggrpo.bootstrap.progress import Progress
-    from vggrpo.bootstrap.text_publish import publish_text
-    from vggrpo.bootstrap.text_train import TextRecipe, start_text, train_text
+def score(argv: Sequence[str]) -> int:
+    """Geometry and rewards of any video, as JSON; with pictures and clouds if wanted."""
+    import json
 
-    recipe = read_recipe(TextRecipe, path, overrides)
-    captions, progress = draw_captions(range(recipe.num_captions)), Progress()
-    stage, training = start_text(recipe, captions)
-    for loss in train_text(stage, training, recipe, captions):
-        progress(f"step {training.step} of {recipe.num_steps}  loss {loss:.3f}")
-    print(*publish_text(stage, training, recipe, path, captions), sep="\n")
+    import tyro
+
+    from vggrpo.score import ScoreConfig, found_videos, load_model, write
+    from vggrpo.score import score as score_one
+
+    cfg = tyro.cli(ScoreConfig, args=list(argv), prog="vggrpo score", description=score.__doc__)
+    model = load_model(cfg)
+    for name, video in found_videos(cfg):
+        scene, said = score_one(video, model, judges=cfg.judges)
+        print(json.dumps({"video": name} | said))
+        if cfg.out is not None:
+            write(cfg, name, video, scene, said)
     return 0
 
 
-def bootstrap_geometry(path: str, overrides: Sequence[str]) -> int:
-    """Train the tiny geometry model, or go on where it stopped; measure it on fresh clips; write it with its card."""
-    from vggrpo.bootstrap.geometry_publish import publish
-    from vggrpo.bootstrap.geometry_recipe import GeometryRecipe
-    from vggrpo.bootstrap.geometry_train import load_lessons, start_run, train_geometry
-    from vggrpo.bootstrap.progress import Progress
-
-    recipe, progress = read_recipe(GeometryRecipe, path, overrides), Progress()
-    lessons, run = load_lessons(recipe), start_run(recipe)
-    for numbers in train_geometry(run, recipe, lessons):
-        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
-        progress(
-            f"step {run.step} of {recipe.num_steps}  pose {numbers['pose']:.3f}  depth {numbers['depth']:.3f}  "
-            f"rotation {run.curve[-1]['rotation']:.2f}  {left:.0f} min left"
-        )
-    print(*publish(run, recipe, path), sep="\n")
-    return 0
-
-
-def bootstrap_referee(path: str, overrides: Sequence[str]) -> int:
-    """Train the referee, or go on where it stopped; measure it on fresh clips; write it with its card."""
-    from pathlib import Path
+def evaluate(argv: Sequence[str]) -> int:
+    """Base against tuned by judges that no reward knows: same prompts, same noise; JSON lines, Markdown and HTML."""
+    import tyro
 
     from vggrpo.bootstrap.progress import Progress
-    from vggrpo.bootstrap.referee_data import load_exams
-    from vggrpo.bootstrap.referee_publish import publish
-    from vggrpo.bootstrap.referee_train import RefereeRecipe, start_run, train_referee
+    from vggrpo.evaluation import EvaluateConfig, evaluate_lora
 
-    recipe, progress = read_recipe(RefereeRecipe, path, overrides), Progress()
-    seeds = range(recipe.first_clip, recipe.first_clip + recipe.num_clips)
-    clips, run = load_exams(Path(recipe.out), seeds, Path(recipe.vae)), start_run(recipe)
-    for terms in train_referee(run, recipe, clips):
-        left = run.seconds / run.step * (recipe.num_steps - run.step) / 60
-        progress(
-            f"step {run.step} of {recipe.num_steps}  depth {terms['depth']:.3f}  "
-            f"witness {terms['witness']:.3f}  {left:.0f} min left"
-        )
-    print(*publish(run, recipe, path), sep="\n")
+    cfg = tyro.cli(EvaluateConfig, args=list(argv), prog="vggrpo evaluate", description=evaluate.__doc__)
+    print(evaluate_lora(cfg, Progress()))
     return 0
-
-
-def bootstrap_eval(stages: Sequence[str], seed: int | None, strict: bool) -> int:
-    """Measure the shipped assets again, on fresh seeds, and print the numbers beside their bars."""
-    from vggrpo.bootstrap.evaluation import evaluate, lines
-
-    first_seed = 10**8 + 10**5 * int(torch.randint(10**4, ()).item()) if seed is None else seed
-    print(f"seeds from {first_seed}")
-    found = evaluate(stages, first_seed)
-    print(*lines(found), sep="\n")
-    return 1 if strict and any(row.missed() for rows in found.values() for row in rows) else 0
 
 
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
@@ -252,16 +214,6 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command.set_defaults(run=lambda args: action(args.recipe, args.overrides))
 
 
-def _latents(z0: Tensor) -> Tensor:
-    """The mixture's scene is its points."""
-    return z0
-
-
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
-STAGES: dict[str, Action] = {
-    "generator": bootstrap_generator,
-    "geometry": bootstrap_geometry,
-    "referee": bootstrap_referee,
-    "text": bootstrap_text,
-    "vae": bootstrap_vae,
-}
+FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "score": score, "evaluate": evaluate}
+"""Commands whose flags are the fields of a dataclass."""

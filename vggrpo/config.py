@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from vggrpo.flow import sde_step
-from vggrpo.grpo import Aggregate, Baseline
+from vggrpo.grpo import Aggregate, Baseline, Silent
 from vggrpo.sampler import Window, time_grid
 
 T = TypeVar("T")
@@ -84,6 +84,8 @@ class GrpoConfig:
     """Compare each reward in its group and then average (the paper), or the other way round."""
     baseline: Baseline = "z_score"
     """What an advantage is measured against."""
+    silent: Silent = "count"
+    """Whether a reward that cannot tell a group apart still counts in the average (the paper), or is left out."""
     clamp: float | None = None
     """Limit of |advantage|; Flow-GRPO uses 5."""
     num_updates: int = 1
@@ -92,10 +94,13 @@ class GrpoConfig:
     """Rollouts per optimiser step: a batch of num_prompts x accumulate prompts in that many parts."""
     max_grad_norm: float = 1.0
     """Longer gradients are shortened to it."""
+    max_skipped: int = 5
+    """Updates in a row that may be left out because the gradient is not finite."""
     seed: int = 0
     """Of every random stream of the run."""
 
     def __post_init__(self) -> None:
+        _require(self.max_skipped >= 0, f"max_skipped must be >= 0, got {self.max_skipped}")
         _require(self.num_prompts >= 1, f"num_prompts must be >= 1, got {self.num_prompts}")
         _require(self.group_size >= 2, f"group_size must be >= 2: nothing to compare in a group of {self.group_size}")
         _require(self.clip > 0, f"clip must be > 0, got {self.clip:g}")
@@ -153,13 +158,81 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All of a run."""
+class LoraSize:
+    """Low-rank updates of a model's attention projections."""
 
+    rank: int = 32
+    """Of each update (the paper: 32)."""
+    alpha: int = 64
+    """Its scale is alpha / rank (the paper: 64)."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1 and self.alpha > 0, f"rank must be >= 1 and alpha > 0, got {self.rank}, {self.alpha}")
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """A video model that is trained, and what its samples are judged with."""
+
+    model: str = "assets/tiny-wan"
+    """Wan folder in diffusers layout."""
+    lora: LoraSize = LoraSize()
+    """What is trained of its transformer."""
+    geometry: str = "assets/tiny-geometry"
+    """The geometry model whose tail the latent geometry model uses."""
+    lgm: str = "assets/tiny-lgm"
+    """The latent geometry model, from `vggrpo stitch`."""
+    prompts: str = "assets/prompts/train.txt"
+    """One on each line; they are taken in turn, over and over."""
+    frames: int = 17
+    """4 n + 1."""
+    height: int = 64
+    """A multiple of 16: the VAE's 8 times the transformer's patch of 2."""
+    width: int = 64
+    """See `height`."""
+    max_len: int = 96
+    """Tokens of a prompt, `</s>` included; Wan's own is 512."""
+    dynamic_threshold: float = 0.06
+    """Scene flow, in median depths, from which on a point counts as moving and is left out of the reprojection reward.
+    The reward's own 0.004 is for exact geometry: estimated flow explains wobble as motion (launch/LOG.md)."""
+    judged_at_once: int = 4
+    """Videos that the latent geometry model sees together."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.frames >= 1 and self.frames % 4 == 1,
+            f"frames must be 4 n + 1 (1, 5, ..., 17, ..., 81), got {self.frames}",
+        )
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            _require(side >= 16 and side % 16 == 0, f"{name} must be a multiple of 16, got {side}")
+        _require(self.dynamic_threshold > 0, f"dynamic_threshold must be > 0, got {self.dynamic_threshold:g}")
+        _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a run: of a video model where `video` is given, of the two-dimensional mixture where it is not."""
+
+    out: str = "runs/train"
+    """Folder of the run."""
+    video: VideoConfig | None = None
+    """The video model."""
+    checkpoint_every: int = 20
+    """Iterations between checkpoints; there is one at the end, too."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest."""
     mixture: MixtureConfig = MixtureConfig()
     sampling: SamplingConfig = SamplingConfig()
     grpo: GrpoConfig = GrpoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        _require(min(self.checkpoint_every, self.keep) >= 1, "checkpoint_every and keep must be >= 1")
+        _require(
+            self.video is None or self.mixture == MixtureConfig(),
+            "a run is of a video or of a mixture: give one of them",
+        )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -5,11 +5,13 @@ Encoders are called once per clip; after that a training needs neither VAE nor t
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -122,6 +124,43 @@ def read_video(path: Path, config: DataConfig) -> UInt8[Tensor, "T 3 H W"]:
             "remove it, or lower frames or every"
         )
     return _cover(torch.stack(pictures).movedim(-1, 1), config.height, config.width)
+
+
+def read_frames(paths: Sequence[Path], config: DataConfig) -> UInt8[Tensor, "T 3 H W"]:
+    """A video whose frames are pictures of one size, scaled and cropped.
+
+    Raises:
+        ValueError: a file that is no picture, pictures of several sizes, or too few of them.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    chosen = list(paths)[:: config.every][: config.frames]
+    if len(chosen) < config.frames:
+        raise ValueError(f"{len(chosen)} frames, taking one in {config.every}, and {config.frames} are needed")
+    pictures = []
+    for path in chosen:
+        try:
+            pictures.append(torch.from_numpy(np.array(Image.open(path).convert("RGB"))))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"cannot read {path} as a picture ({error}): repair or remove it") from None
+    if len({picture.shape for picture in pictures}) > 1:
+        raise ValueError(f"the frames in {paths[0].parent} have several sizes: a video has one")
+    return _cover(torch.stack(pictures).movedim(-1, 1), config.height, config.width)
+
+
+def write_video(path: Path, video: UInt8[Tensor, "T 3 H W"], fps: int) -> None:
+    """An mp4 (H.264, nearly without loss) that is complete or not there."""
+    import av
+
+    part = path.with_suffix(f".part{path.suffix}")
+    with av.open(str(part), "w") as container:
+        stream = container.add_stream("h264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = video.shape[-1], video.shape[-2], "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in video.movedim(1, -1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(part, path)
 
 
 def read_folder(config: DataConfig) -> dict[Path, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 Aggregate = Literal["normalize_then_sum", "sum_then_normalize"]
 Baseline = Literal["z_score", "leave_one_out"]
+Silent = Literal["count", "drop"]
 
 # Rewards of a group that differ by less than this, relative to their size, differ by rounding: nothing to learn there.
 ROUNDING = 1e-6
@@ -28,6 +29,7 @@ def group_advantage(
     *,
     aggregate: Aggregate = "normalize_then_sum",
     baseline: Baseline = "z_score",
+    silent: Silent = "count",
     clamp: float | None = None,
 ) -> Float[Tensor, "B K"]:
     """How much better each sample is than its group: A = sum_i w_i A_i / sum_i w_i (VGGRPO: two rewards, w = 1/2).
@@ -42,6 +44,9 @@ def group_advantage(
             weight whatever their scale); "sum_then_normalize" averages raw rewards and then compares.
         baseline: "z_score" is (r - mean) / std of the group (population std); "leave_one_out" is r minus the mean of
             the *other* members, whose policy gradient is unbiased but keeps the rewards' scale.
+        silent: what becomes of the weight of a reward that cannot tell a group apart: "count" keeps it in the average
+            (the paper: the others then say less), "drop" averages over the rewards that have a say in that group, so
+            that a floor that nobody touches does not make all steps smaller.
         clamp: limit |A|; Flow-GRPO uses 5.
 
     Raises:
@@ -55,7 +60,11 @@ def group_advantage(
     if aggregate == "sum_then_normalize":
         advantage = _compare((w * r).sum(0), scored, baseline)
     else:
-        advantage = (w * torch.stack([_compare(one, scored, baseline) for one in r])).sum(0)
+        each = torch.stack([_compare(one, scored, baseline) for one in r])
+        if silent == "drop":
+            w = w * (each != 0).any(-1, keepdim=True)
+            w = w / w.sum(0).clamp(min=ROUNDING)
+        advantage = (w * each).sum(0)
     if clamp is not None:
         advantage = advantage.clamp(-clamp, clamp)
     return advantage.to(next(iter(rewards.values())).dtype)

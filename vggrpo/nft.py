@@ -76,7 +76,9 @@ def train_nft(
         with torch.no_grad():
             rollout = policy.rollout(run.mine(cond), run.num_members, generator)
             reward = run.gather(score(rewards, geometry(rollout.z0), rollout))
-        advantage = group_advantage(reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline)
+        advantage = group_advantage(
+            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent
+        )
         loss = nft_backward(policy, network, rollout, run.local(advantage), generator, run, nft)
         grad_norm = run.clip_and_step(optimizer, cfg.max_grad_norm)
         follow(policy.network, run.accelerator.unwrap_model(network), min(nft.slowing * update, nft.slowest))

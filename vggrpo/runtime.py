@@ -59,10 +59,11 @@ def share_of(rank: int, num_ranks: int, num_prompts: int, group_size: int) -> Sh
 class Run:
     """This process's place among the ranks, and the steps in which they act together."""
 
-    def __init__(self, accelerator: Accelerator, num_prompts: int, group_size: int) -> None:
+    def __init__(self, accelerator: Accelerator, num_prompts: int, group_size: int, max_skipped: int = 0) -> None:
         """Raises ValueError where the batch cannot be shared by the ranks (see `share_of`)."""
         self.accelerator = accelerator
-        self.num_prompts = num_prompts
+        self.num_prompts, self.max_skipped = num_prompts, max_skipped
+        self.updates = self.skipped = 0  # made since the start of this process; left out in a row, up to now
         self.share = share_of(accelerator.process_index, accelerator.num_processes, num_prompts, group_size)
         self.num_members = self.share.members.stop - self.share.members.start
 
@@ -102,18 +103,34 @@ class Run:
         """
         self.accelerator.backward(loss)
 
+    def any(self, happened: bool) -> bool:
+        """Whether it happened on any rank: all of them must ask."""
+        if self.accelerator.num_processes == 1:
+            return happened
+        told = self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device))
+        return bool(told > 0)
+
     def clip_and_step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
         """One optimiser step on the gathered gradient, which is then cleared. Returns its norm before clipping.
 
+        A gradient that is not finite, which all ranks see alike, is cleared and leaves the parameters as they were.
+
         Raises:
-            FloatingPointError: the gradient is not finite; the parameters are left as they were.
+            FloatingPointError: that happened more than `max_skipped` times in a row.
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(self.accelerator.clip_grad_norm_(params, max_grad_norm))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm}: the parameters were not updated")
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
+            self.updates, self.skipped = self.updates + 1, 0
+        else:
+            self.skipped += 1
         optimizer.zero_grad()
+        if self.skipped > self.max_skipped:
+            raise FloatingPointError(
+                f"the gradient norm is {norm}, and no update could be made {self.skipped} times in a row: "
+                "lower optimizer.lr, or look at the rewards that became infinite or NaN"
+            )
         return norm
 
     def _gather(self, value: Tensor) -> Tensor:

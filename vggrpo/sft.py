@@ -13,20 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanPipeline, WanTransformer3DModel
-from diffusers.training_utils import _collate_lora_metadata
+from diffusers import WanTransformer3DModel
 from jaxtyping import Float
-from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from vggrpo.bootstrap.training import Training, load_training, save_training
 from vggrpo.data import Encoded, encode_clips
 from vggrpo.flow import interpolate
+from vggrpo.policy.lora import add_lora, save_lora
 from vggrpo.policy.wan import load_encoders, wan_velocity
-from vggrpo.sft_config import MAY_CHANGE, LoraSize, SftRecipe, WanSize
+from vggrpo.sft_config import MAY_CHANGE, SftRecipe, WanSize
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-"""What LoRA updates: the projections of self- and cross-attention."""
 BUCKETS = 5
 """Equal parts of [0, 1] that the held-out loss is reported for."""
 
@@ -55,12 +52,6 @@ def load_transformer(folder: Path) -> WanTransformer3DModel:
     return WanTransformer3DModel.from_pretrained(
         folder / "transformer", local_files_only=True, torch_dtype=torch.float32
     )
-
-
-def add_lora(transformer: WanTransformer3DModel, size: LoraSize) -> None:
-    """Freeze a transformer and give its attention low-rank updates, which start at 0."""
-    transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=TARGETS))
 
 
 def finetune(recipe: SftRecipe, say: Callable[[str], None]) -> Training:
@@ -208,11 +199,7 @@ def save_result(training: Training, recipe: SftRecipe) -> Path:
         out /= "transformer"
         typing.cast(WanTransformer3DModel, training.network).save_pretrained(out)
     else:
-        WanPipeline.save_lora_weights(
-            out,
-            transformer_lora_layers=get_peft_model_state_dict(training.network),
-            **_collate_lora_metadata({"transformer": training.network}),
-        )
+        save_lora(typing.cast(WanTransformer3DModel, training.network), out)
     training.swap_average()
     return out
 

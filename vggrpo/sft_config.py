@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from vggrpo.config import LoraSize
 from vggrpo.data import DataConfig
 
 MAY_CHANGE = ("out", "num_steps", "device", "checkpoint_every", "gradient_checkpointing")
@@ -20,20 +21,6 @@ class WanSize:
     """Channels of each."""
     ffn_dim: int = 768
     """Channels of the feed-forward part."""
-
-
-@dataclass(frozen=True)
-class LoraSize:
-    """Low-rank updates of a model's attention projections."""
-
-    rank: int = 32
-    """Of each update."""
-    alpha: int = 64
-    """Its scale is alpha / rank."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank must be >= 1 and alpha > 0, got {self.rank} and {self.alpha}")
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,18 @@ def train(
     optimizer: torch.optim.Optimizer,
     run: Run,
     cfg: GrpoConfig,
+    first: int = 0,
 ) -> Iterator[dict[str, float]]:
     """Train on each global batch of `conditions` (B prompts, the same on every rank); yield what happened, in numbers.
+
+    `first` is the number of the first iteration, for a run that goes on where it stopped.
 
     Raises:
         ValueError: a batch of another size than the run's, a reward that is not [B K], RatioNorm on a policy without
             Gaussian steps.
-        FloatingPointError: the gradient is not finite.
+        FloatingPointError: too many gradients in a row were not finite (`Run.clip_and_step`).
     """
-    for step, cond in enumerate(conditions):
+    for step, cond in enumerate(conditions, first):
         clock = Clock()
         update, turn = divmod(step, cfg.accumulate)
         generator = run.streams(cfg.seed, update, first_prompt=turn * run.num_prompts)
@@ -50,7 +53,7 @@ def train(
             with clock("reward"):
                 reward = run.gather(score(rewards, scene, rollout))
         advantage = group_advantage(
-            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, clamp=cfg.clamp
+            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, clamp=cfg.clamp
         )
         grad_norm = None
         with clock("update"):
@@ -140,7 +143,7 @@ def summary(
         "kl": float(kl.double().mean()),
     }
     if grad_norm is not None:
-        numbers["grad_norm"] = grad_norm
+        numbers |= {"grad_norm": grad_norm, "skipped": float(run.skipped)}
     numbers |= {f"seconds/{phase}": seconds for phase, seconds in clock.seconds.items()}
     numbers["samples_per_second"] = advantage.numel() / sum(clock.seconds.values())
     return numbers

@@ -113,7 +113,7 @@ def align(
     flow = first.new_zeros(len(first), 2, height, width)
     for level, (steps, windows) in enumerate(zip(STEPS, WINDOWS, strict=True)):
         cells = min(2**level, patch)
-        a, b = (F.adaptive_avg_pool2d(x, (height * cells, width * cells)) for x in (first, second))
+        a, b = (_shrunk(x, patch, cells) for x in (first, second))
         right, down = _gradient(a)
         for _ in range(steps):
             pooled = _equations(a, b, (right, down), flow, cells, patch / cells)
@@ -121,6 +121,13 @@ def align(
             left = pooled[:, 5]
             flow = flow + _solved(pooled, damping[level]).clamp(-1.5, 1.5) * patch / cells
     return flow, own, left
+
+
+def _shrunk(x: Float[Tensor, "P C H W"], patch: int, cells: int) -> Float[Tensor, "P C _ _"]:
+    """Means, `cells` of them per `patch` pixels along each side."""
+    if patch % cells:
+        return F.adaptive_avg_pool2d(x, (x.shape[-2] // patch * cells, x.shape[-1] // patch * cells))
+    return x if cells == patch else F.avg_pool2d(x, patch // cells)  # what adaptive pooling says, and faster
 
 
 def _equations(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from vggrpo.cli import build
+from vggrpo.build import build
 from vggrpo.config import load_recipe
 from vggrpo.trainer import train
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vggrpo import cli
+from vggrpo import build, cli
 from vggrpo.config import GrpoConfig, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -81,11 +81,11 @@ def test_a_missing_file_and_a_bad_override_are_refused(recipe_file):
         load_recipe(recipe_file(""), ["grpo.bta=1"])
 
 
-def test_the_command_checks_trains_and_refuses(capsys):
+def test_the_command_checks_trains_and_refuses(capsys, tmp_path):
     recipe = str(ROOT / "launch/recipes/mixture.yaml")
     assert cli.main(["check", recipe]) == 0
     assert "ratio error, step 0" in capsys.readouterr().out
-    assert cli.main(["train", recipe, "grpo.num_iterations=2"]) == 0
+    assert cli.main(["train", recipe, "grpo.num_iterations=2", f"out={tmp_path}"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     for bad, message in (
         ("grpo.bta=1", "did you mean"),
@@ -102,7 +102,7 @@ def test_the_command_checks_trains_and_refuses(capsys):
 
 
 def test_a_failed_check_is_status_1(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "nearness", lambda mode, z0: z0[..., 0] * 0)
+    monkeypatch.setattr(build, "nearness", lambda mode, z0: z0[..., 0] * 0)
     assert cli.main(["check", str(ROOT / "launch/recipes/mixture.yaml")]) == 1
     assert "PROBLEM: the gradient's norm is 0" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from vggrpo.cli import build
+from vggrpo.build import build
 from vggrpo.config import GrpoConfig, OptimizerConfig, Recipe, SamplingConfig
 from vggrpo.grpo import group_advantage
 from vggrpo.policy.flow_policy import FlowPolicy, lora_off

@@ -180,3 +180,17 @@ def test_ratio_norm_is_centred_and_of_one_size_where_the_plain_ratio_is_not(num_
         assert size == pytest.approx(gap / math.sqrt(num_dims), rel=0.3)
     if num_dims > 1000:  # the control: the plain log-ratio is then all bias
         assert max(biases) > 10
+
+
+def test_a_silent_reward_can_be_left_out_of_the_average_group_by_group():
+    told = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 0.0]])
+    floor = torch.tensor([[0.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+    alone = group_advantage({"told": told})
+    rewards, weights = {"told": told, "floor": floor}, {"told": 1.0, "floor": 3.0}
+    counted = group_advantage(rewards, weights)
+    dropped = group_advantage(rewards, weights, silent="drop")
+    torch.testing.assert_close(counted[0], alone[0] / 4)
+    torch.testing.assert_close(dropped[0], alone[0])
+    torch.testing.assert_close(dropped[1], counted[1])  # there the floor has a say
+    nobody = group_advantage({"a": torch.ones(1, 3), "b": torch.zeros(1, 3)}, silent="drop")
+    assert torch.equal(nobody, torch.zeros(1, 3))

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from vggrpo import trainer
+from vggrpo.build import Parts, build
 from vggrpo.check import check
-from vggrpo.cli import Parts, build
 from vggrpo.config import GrpoConfig, OptimizerConfig, Recipe, SamplingConfig
 from vggrpo.policy.mixture import MODES
 from vggrpo.sampler import Window
@@ -106,7 +106,7 @@ def test_every_number_is_reported():
     rewards = {"near": lambda z0: -z0.square().sum(-1), "flat": lambda z0: torch.ones(z0.shape[:2])}
     _, (numbers,) = run_training(replace(RECIPE, grpo=grpo), rewards)
     assert set(numbers) == {
-        *("step", "update", "loss", "kl", "grad_norm", "clip_fraction", "ratio/mean", "ratio/max"),
+        *("step", "update", "loss", "kl", "grad_norm", "skipped", "clip_fraction", "ratio/mean", "ratio/max"),
         *("advantage/std", "advantage/zero_groups", "samples_per_second"),
         *(f"seconds/{phase}" for phase in ("rollout", "geometry", "reward", "update")),
         *(f"reward/{name}/{number}" for name in rewards for number in ("mean", "std", "nan", "zero_std")),
@@ -162,18 +162,24 @@ def test_a_batch_of_another_size_is_refused():
         next(bad)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_parameters():
-    parts = built()
+def test_gradients_that_are_not_finite_spare_the_parameters_and_in_the_end_stop_the_run():
+    recipe = replace(RECIPE, grpo=replace(RECIPE.grpo, max_skipped=2))
+    parts = built(recipe)
+    before = [p.detach().clone() for p in parts.network.parameters()]
+    hook = parts.network.head.bias.register_hook(lambda gradient: gradient * float("nan"))
+    training = train(
+        parts.policy, parts.geometry, parts.rewards, parts.conditions, parts.optimizer, parts.run, recipe.grpo
+    )
+    assert [next(training)["skipped"] for _ in range(2)] == [1, 2]
+    assert all(torch.equal(p, q) for p, q in zip(parts.network.parameters(), before, strict=True))
+    hook.remove()
+    assert next(training)["skipped"] == 0
+    assert not torch.equal(parts.network.head.bias, before[-1])
     before = [p.detach().clone() for p in parts.network.parameters()]
     parts.network.head.bias.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
-        next(
-            train(
-                parts.policy, parts.geometry, parts.rewards, parts.conditions, parts.optimizer, parts.run, RECIPE.grpo
-            )
-        )
-    for p, q in zip(parts.network.parameters(), before, strict=True):
-        assert torch.equal(p, q)
+    with pytest.raises(FloatingPointError, match=r"gradient norm is nan, and no update could be made 3 times in a row"):
+        list(training)
+    assert all(torch.equal(p, q) for p, q in zip(parts.network.parameters(), before, strict=True))
 
 
 def imported(source: str) -> set[str]:

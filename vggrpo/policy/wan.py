@@ -3,18 +3,22 @@
 Timesteps of 0 to 1000 exist only here.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from vggrpo.bootstrap.assets import sha256
 from vggrpo.bootstrap.text import TextStage, encode_prompts
 from vggrpo.bootstrap.vae import encode, normalise
 from vggrpo.data import Encoders
+from vggrpo.policy.flow_policy import Encoder
+from vggrpo.types import Condition
 
 TIMESTEPS = 1000.0
 AT_ONCE = 4
@@ -30,6 +34,51 @@ def wan_velocity(
     """v = eps - z0 as the network predicts it, at flow times t in [0, 1] of each latent; 1 is noise."""
     v: Tensor = transformer(z_t, (TIMESTEPS * t).to(z_t), text, return_dict=False)[0]
     return v
+
+
+class WanVelocity(nn.Module):
+    """A Wan transformer as a `flow_policy.Network`: what is prepared for a launch, and called through it."""
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self, z_t: Float[Tensor, "n C L h w"], t: Float[Tensor, " n"], text: Float[Tensor, "n tokens channels"]
+    ) -> Float[Tensor, "n C L h w"]:
+        """v at flow times t in [0, 1]."""
+        return wan_velocity(self.transformer, z_t, t, text)
+
+
+def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(C, L, h, w) of a video of this size in the latents of a Wan folder's VAE.
+
+    Raises:
+        ValueError: no VAE there, or a size that its strides do not divide.
+    """
+    path = folder / "vae" / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no vae/config.json: it must be a Wan model in diffusers layout")
+    config = json.loads(path.read_text())
+    s, p = config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
+    if frames % s != 1 or height % p or width % p:
+        raise ValueError(
+            f"{folder} takes {s} n + 1 frames with sides that are multiples of {p}, got {frames} of {height} x {width}"
+        )
+    return config["z_dim"], (frames - 1) // s + 1, height // p, width // p
+
+
+def cached_prompts(encoders: Encoders, prompts: Sequence[str]) -> Encoder:
+    """The embeddings of these prompts, kept on the CPU so that the encoder can go; no other can be asked for."""
+    known = {prompt: encoders.text([prompt])[0].float().cpu() for prompt in dict.fromkeys(prompts)}
+
+    def encode(cond: Condition) -> Tensor:
+        for prompt in cond.prompt:
+            if prompt not in known:
+                raise ValueError(f"the prompt {prompt!r} was not encoded beforehand")
+        return torch.stack([known[prompt] for prompt in cond.prompt])
+
+    return encode
 
 
 def load_encoders(folder: Path, max_len: int, device: str) -> Encoders:

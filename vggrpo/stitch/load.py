@@ -20,7 +20,10 @@ def load_lgm(folder: str | Path, geometry: str | Path, vae: str | Path) -> Laten
         ValueError: a file that is missing or changed, or a geometry model or VAE that it was not made from.
     """
     folder = Path(folder)
-    made_from = read_card(folder)["made_from"]
+    card = read_card(folder)
+    if "made_from" not in card:
+        raise ValueError(f"{folder} is no latent geometry model: give the folder that vggrpo stitch wrote")
+    made_from = card["made_from"]
     for name, path in (("geometry", Path(geometry)), ("vae", Path(vae))):
         if read_card(path)["sha256"] != made_from[name]:
             raise ValueError(f"{folder} was made from another {name} than {path}: restore it, or run vggrpo stitch")

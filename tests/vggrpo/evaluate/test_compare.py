@@ -1,0 +1,93 @@
+"""Paired verdicts: right about made-up videos whose truth is known, and not to be won by freezing or blurring."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vggrpo.evaluate.compare import compare, paired
+from vggrpo.evaluate.judges import Value
+
+
+def videos(count=60, sampson=0.5, motion=1.0, sharpness=10.0, missing=0.0, seed=0):
+    """Verdicts with the noise that prompts share (seed 7) and a little of their own."""
+    shared, own = np.random.default_rng(7), np.random.default_rng(seed)
+    told = []
+    for _ in range(count):
+        level = shared.lognormal(0, 0.5)
+        lost = own.random() < missing
+        told.append(
+            {
+                "sampson/stride_4": Value(
+                    math.nan if lost else sampson * level + own.normal(0, 0.02), "few" if lost else ""
+                ),
+                "jitter": Value(level),
+                "displacement": Value(motion * level),
+                "sharpness": Value(sharpness * level),
+            }
+        )
+    return told
+
+
+PROMPTS = [i // 2 for i in range(60)]
+
+
+def test_a_real_improvement_passes_and_none_does_not():
+    table, matched, told = compare(videos(), videos(sampson=0.4, seed=1), PROMPTS)
+    row = table["sampson/stride_4"]
+    assert told.passed
+    assert told.reasons == []
+    assert row.difference == pytest.approx(row.tuned - row.base)
+    assert row.low < row.difference < row.high < 0
+    assert matched["sampson/stride_4"].pairs == row.pairs == 60
+    _, _, same = compare(videos(), videos(seed=1), PROMPTS)
+    assert not same.passed
+    assert "no judge of geometry improves" in same.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"motion": 0.5}, "not among videos that move as much as before"),
+        ({"motion": 0.85}, "motion is 0.85 of the base's"),
+        ({"sharpness": 5.0}, "sharpness is 0.50 of the base's"),
+        ({"missing": 0.4}, "cannot judge"),
+    ],
+)
+def test_consistency_that_was_bought_does_not_pass(change, reason):
+    _, _, told = compare(videos(), videos(sampson=0.4, seed=1, **change), PROMPTS)
+    assert not told.passed
+    assert any(reason in each for each in told.reasons)
+
+
+def test_an_interval_is_the_bootstraps_over_prompts():
+    """With every prompt twice, copies of the same video make no difference more certain."""
+    base, tuned = videos(30), videos(30, sampson=0.45, seed=1)
+    once = paired(base, tuned, range(30), "sampson/stride_4")
+    twice = paired(base + base, tuned + tuned, [*range(30), *range(30)], "sampson/stride_4")
+    assert twice.high - twice.low == pytest.approx(once.high - once.low, rel=0.15)
+    careless = paired(base + base, tuned + tuned, range(60), "sampson/stride_4")
+    assert careless.high - careless.low < 0.85 * (once.high - once.low)  # the control
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        differences = rng.normal(-0.1, 0.3, 25)
+        base = [{"x": Value(0.0)} for _ in differences]
+        tuned = [{"x": Value(float(d))} for d in differences]
+        row = paired(base, tuned, range(25), "x")
+        hits += row.low <= -0.1 <= row.high
+    assert 0.88 < hits / 200 < 0.99
+
+
+def test_what_nobody_can_judge_is_nan_and_not_a_number():
+    row = paired([{"x": Value(math.nan, "few")}] * 3, [{"x": Value(1.0)}] * 3, range(3), "x")
+    assert math.isnan(row.difference)
+    assert (row.pairs, row.base_na, row.tuned_na) == (0, 1.0, 0.0)
+    assert not row.improved()
+
+
+def test_videos_that_are_not_pairs_are_refused():
+    with pytest.raises(ValueError, match="videos must come in pairs, got 2 and 1"):
+        compare(videos(2), videos(1), [0, 1])

@@ -1,0 +1,128 @@
+"""Base against tuned on the same prompts and seeds: paired differences, their confidence, and a verdict.
+
+Whether a video model became more consistent can only be said beside how much it still moves and how sharp it still is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vggrpo.evaluate.judges import Value
+
+CONSISTENCY = ("sampson/",)
+"""Judges of geometry, by the beginning of their names: lower is better."""
+STEADINESS = ("jitter",)
+"""Judges of the camera's path: lower is better."""
+MOTION, SHARPNESS = "displacement", "sharpness"
+KEPT_MOTION, KEPT_SHARPNESS = 0.9, 0.95
+"""Shares of the base's that the tuned model must keep."""
+MATCHED = (0.8, 1.25)
+"""Ratio of motion, tuned to base, within which a pair counts as motion-matched."""
+RESAMPLED = 2000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One judge on pairs of videos. Differences are tuned - base."""
+
+    base: float
+    tuned: float
+    """Means over the pairs that both can be judged."""
+    difference: float
+    low: float
+    high: float
+    """95 % of bootstrap means over prompts."""
+    pairs: int
+    base_na: float
+    tuned_na: float
+    """Share of videos that the judge has no number for."""
+
+    def improved(self) -> bool:
+        """Lower, and 0 is outside the interval."""
+        return self.high < 0
+
+
+Told = Sequence[dict[str, Value]]
+"""The verdicts on N videos."""
+
+
+def paired(base: Told, tuned: Told, prompts: Sequence[int], name: str, rows: Sequence[int] | None = None) -> Paired:
+    """One judge's pairs; `prompts` says which prompt each video is of, `rows` chooses some of the videos.
+
+    The bootstrap draws prompts, not videos: two seeds of one prompt are not two opinions.
+    """
+    rows = range(len(base)) if rows is None else rows
+    a, b = (np.array([told[i][name].value for i in rows], dtype=float) for told in (base, tuned))
+    of = np.array([prompts[i] for i in rows])
+    both = np.isfinite(a) & np.isfinite(b)
+    no_base, no_tuned = (float(1 - np.isfinite(x).mean()) if len(x) else math.nan for x in (a, b))
+    if not both.any():
+        return Paired(math.nan, math.nan, math.nan, math.nan, math.nan, 0, no_base, no_tuned)
+    difference, of = (b - a)[both], of[both]
+    groups = [difference[of == prompt] for prompt in np.unique(of)]
+    sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
+    drawn = np.random.default_rng(0).integers(len(groups), size=(RESAMPLED, len(groups)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Paired(
+        float(a[both].mean()), float(b[both].mean()), float(difference.mean()), float(low), float(high),
+        int(both.sum()), no_base, no_tuned,
+    )  # fmt: skip
+
+
+def motion_matched(base: Told, tuned: Told) -> list[int]:
+    """Videos that move about as much as the base's of the same prompt and seed."""
+    chosen = []
+    for i, (a, b) in enumerate(zip(base, tuned, strict=True)):
+        ratio = b[MOTION].value / a[MOTION].value if a[MOTION].value else math.nan
+        if MATCHED[0] <= ratio <= MATCHED[1]:
+            chosen.append(i)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the tuned model is better, and why not."""
+
+    passed: bool
+    reasons: list[str]
+    motion: float
+    sharpness: float
+    """Tuned / base, of the means."""
+
+
+def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
+    """PASS: a judge of geometry improves significantly, raw and motion-matched, at kept motion, sharpness and N/A."""
+    motion, sharpness = (table[name].tuned / table[name].base for name in (MOTION, SHARPNESS))
+    better = [name for name in table if name.startswith(CONSISTENCY) and table[name].improved()]
+    reasons = []
+    if not better:
+        reasons.append("no judge of geometry improves with a confidence interval below 0")
+    elif not any(matched[name].improved() for name in better):
+        reasons.append(f"{', '.join(better)} improve, but not among videos that move as much as before")
+    if not motion >= KEPT_MOTION:
+        reasons.append(f"motion is {motion:.2f} of the base's, less than {KEPT_MOTION}")
+    if not sharpness >= KEPT_SHARPNESS:
+        reasons.append(f"sharpness is {sharpness:.2f} of the base's, less than {KEPT_SHARPNESS}")
+    reasons += [
+        f"{name} cannot judge {table[name].tuned_na:.0%} of the videos, {table[name].base_na:.0%} before"
+        for name in better
+        if table[name].tuned_na > table[name].base_na + 0.05
+    ]
+    return Verdict(not reasons, reasons, motion, sharpness)
+
+
+def compare(base: Told, tuned: Told, prompts: Sequence[int]) -> tuple[dict[str, Paired], dict[str, Paired], Verdict]:
+    """Every judge, raw and motion-matched, and the verdict.
+
+    Raises:
+        ValueError: the two lists are not of the same videos.
+    """
+    if not len(base) == len(tuned) == len(prompts) or not base:
+        raise ValueError(f"videos must come in pairs, got {len(base)} and {len(tuned)} of {len(prompts)} prompts")
+    names, rows = list(base[0]), motion_matched(base, tuned)
+    table = {name: paired(base, tuned, prompts, name) for name in names}
+    matched = {name: paired(base, tuned, prompts, name, rows) for name in names}
+    return table, matched, verdict(table, matched)

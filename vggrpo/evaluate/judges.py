@@ -1,0 +1,207 @@
+"""What a video's pixels say of its geometry, its motion and its sharpness, by methods that no reward uses.
+
+    sampson   held-out truncated Sampson distance (pixels) at several strides, the longest from first frame to last:
+              a fundamental matrix is fitted to half of the matches by LO-RANSAC (pycolmap) and judged on the other half
+    parallax, displacement   whether that means anything: a still, turning or zooming camera has no wrong epipolar lines
+    jitter    how much the pictures' own motion changes from frame to frame, in shares of the motion
+    sharpness, flicker
+
+A judge that cannot tell says NaN and why, never a number. Sources and measured behaviour: Sampson distances without
+held-out matches reward blur, with adjacent frames alone they miss drift, without parallax they reward stillness.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pycolmap
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.evaluate.correspond import Frame, Matches, match, prepare
+
+MIN_MATCHES = 60
+"""Of a pair of frames, both halves together."""
+MIN_COVERAGE = 0.2
+"""Share of an 8 x 8 grid."""
+FIT = 0.5
+"""Pixels within which a match supports a fundamental matrix or a homography."""
+TRUNCATED = 2.0
+"""Pixels at which a held-out distance stops to count more."""
+MIN_PARALLAX = 0.35
+"""Pixels of the 90th percentile of distances to the best homography: below it every epipolar geometry will do."""
+
+
+class Value(NamedTuple):
+    """A number, or NaN and the reason."""
+
+    value: float
+    reason: str = ""
+
+
+NA = float("nan")
+
+
+@dataclass(frozen=True)
+class Video:
+    """T frames, prepared once for all judges."""
+
+    frames: list[np.ndarray]
+    """[H W 3] RGB uint8."""
+    ready: list[Frame]
+
+    def pairs(self, stride: int) -> list[tuple[int, int]]:
+        """Frames (i, i + stride) that cover the video from its first to its last frame without overlap."""
+        return [(i, i + stride) for i in range(0, len(self.frames) - stride, stride)]
+
+
+def open_video(video: Float[Tensor, "T 3 H W"]) -> Video:
+    """From RGB in [0, 1].
+
+    Raises:
+        ValueError: fewer than two frames.
+    """
+    if len(video) < 2:
+        raise ValueError(f"judges compare frames, and the video has {len(video)}: give at least 2")
+    frames = list((255 * video.clamp(0, 1)).round().byte().movedim(1, -1).contiguous().cpu().numpy())
+    return Video(frames, [prepare(frame) for frame in frames])
+
+
+def judge(video: Float[Tensor, "T 3 H W"], seed: int = 0) -> dict[str, Value]:
+    """Every judge's verdict on one video, by name; lower `sampson`, `jitter` and `flicker` are better.
+
+    Strides are 1, about a quarter of the video, and the whole of it.
+    """
+    opened, last = open_video(video), len(video) - 1
+    strides = sorted({1, max(1, last // 4), last})
+    found: dict[str, Value] = {}
+    for stride in strides:
+        name = "first_last" if stride == last else f"stride_{stride}"
+        pairs = [match(opened.ready[i], opened.ready[j]) for i, j in opened.pairs(stride)]
+        told = [sampson(matches, seed) for matches in pairs]
+        found[f"sampson/{name}"] = _mean(told)
+        found[f"parallax/{name}"] = _mean([parallax(matches, seed) for matches in pairs])
+        found[f"matches/{name}"] = Value(
+            float(np.mean([len(matches.here) / max(matches.sought, 1) for matches in pairs]))
+        )
+        if stride == 1:
+            found["displacement"] = _mean([displacement(matches) for matches in pairs])
+            found["jitter"] = jitter(pairs)
+    found["sharpness"] = Value(float(np.mean([_laplacian(frame) for frame in opened.ready])))
+    found["flicker"] = flicker(opened.frames)
+    return found
+
+
+def sampson(matches: Matches, seed: int = 0) -> Value:
+    """Mean of min(distance, `TRUNCATED`) of one half of the matches to the epipolar geometry of the other half."""
+    if (reason := _too_few(matches)) is not None:
+        return Value(NA, reason)
+    bend = parallax(matches, seed)
+    if bend.value < MIN_PARALLAX:
+        return Value(NA, f"parallax of {bend.value:.2f} px: any epipolar geometry fits")
+    first, second = _halves(len(matches.here), seed)
+    fitted = pycolmap.estimate_fundamental_matrix(matches.here[first], matches.there[first], _ransac(seed))
+    if fitted is None:
+        return Value(NA, "no fundamental matrix fits")
+    distance = sampson_distance(fitted["F"], matches.here[second], matches.there[second])
+    return Value(float(np.minimum(distance, TRUNCATED).mean()))
+
+
+def sampson_distance(F: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """First-order distance (pixels) of matches [N 2] to x'^T F x = 0 (Hartley and Zisserman, 11.9)."""
+    one = np.ones((len(here), 1))
+    x, y = np.hstack([here, one]), np.hstack([there, one])
+    ahead, back = x @ F.T, y @ F
+    slope = ahead[:, 0] ** 2 + ahead[:, 1] ** 2 + back[:, 0] ** 2 + back[:, 1] ** 2
+    distance: np.ndarray = np.abs((y * ahead).sum(1)) / np.sqrt(np.maximum(slope, 1e-20))
+    return distance
+
+
+def parallax(matches: Matches, seed: int = 0) -> Value:
+    """90th percentile of the matches' distances (pixels) to the best homography; 0 for a camera that only turns."""
+    if (reason := _too_few(matches)) is not None:
+        return Value(NA, reason)
+    fitted = pycolmap.estimate_homography_matrix(matches.here, matches.there, _ransac(seed))
+    if fitted is None:
+        return Value(NA, "no homography fits")
+    moved = np.hstack([matches.here, np.ones((len(matches.here), 1))]) @ fitted["H"].T
+    off = np.linalg.norm(moved[:, :2] / moved[:, 2:] - matches.there, axis=1)
+    return Value(float(np.percentile(off, 90)))
+
+
+def displacement(matches: Matches) -> Value:
+    """Median length (pixels) of the matches' motion: 0 for a frozen video."""
+    if (reason := _too_few(matches)) is not None:
+        return Value(NA, reason)
+    return Value(float(np.median(np.linalg.norm(matches.there - matches.here, axis=1))))
+
+
+def jitter(pairs: list[Matches]) -> Value:
+    """|change of the picture's motion| / |motion|, of neighbouring frames: the motion is the matches' best similarity.
+
+    Four numbers a pair: shift of the middle, turn and growth in pixels at the rim. 0 for a video that glides.
+    """
+    moves = []
+    for matches in pairs:
+        if (reason := _too_few(matches)) is not None:
+            return Value(NA, reason)
+        middle = matches.here.mean(0)
+        found, _ = cv2.estimateAffinePartial2D(
+            matches.here - middle, matches.there - middle, method=cv2.RANSAC, ransacReprojThreshold=2 * FIT
+        )
+        if found is None:
+            return Value(NA, "no similarity fits")
+        rim = np.abs(matches.here - middle).max()
+        moves.append([found[0, 2], found[1, 2], rim * (found[0, 0] - 1), rim * found[1, 0]])
+    if len(moves) < 3:
+        return Value(NA, "fewer than 4 frames")
+    move = np.array(moves)
+    size, change = np.linalg.norm(move, axis=1), np.linalg.norm(np.diff(move, axis=0), axis=1)
+    if np.median(size) < 0.05:
+        return Value(NA, "nothing moves")
+    return Value(float(change.mean() / size.mean()))
+
+
+def flicker(frames: list[np.ndarray]) -> Value:
+    """Mean change (of 255) of the picture's mean brightness that its neighbours in time do not explain."""
+    light = np.array([float(frame.mean()) for frame in frames])
+    if len(light) < 3:
+        return Value(NA, "fewer than 3 frames")
+    return Value(float(np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2).mean()))
+
+
+def _laplacian(frame: Frame) -> float:
+    return float(cv2.Laplacian(frame.gray, cv2.CV_32F).var())
+
+
+def _mean(values: list[Value]) -> Value:
+    """Over the pairs that can be judged; NaN, with the first reason, if fewer than half can."""
+    numbers = [v.value for v in values if v.value == v.value]
+    if 2 * len(numbers) < len(values) or not numbers:
+        return Value(NA, next((v.reason for v in values if v.reason), "nothing to compare"))
+    return Value(float(np.mean(numbers)))
+
+
+def _too_few(matches: Matches) -> str | None:
+    if len(matches.here) < MIN_MATCHES:
+        return f"{len(matches.here)} matches of {matches.sought}, fewer than {MIN_MATCHES}"
+    if matches.coverage < MIN_COVERAGE:
+        return f"matches cover {matches.coverage:.0%} of the picture, less than {MIN_COVERAGE:.0%}"
+    return None
+
+
+def _halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    order = np.random.default_rng(seed).permutation(count)
+    return order[: count // 2], order[count // 2 :]
+
+
+def _ransac(seed: int) -> "pycolmap.RANSACOptions":
+    options = pycolmap.RANSACOptions()
+    options.max_error, options.random_seed, options.num_threads = FIT, seed, 1
+    options.min_num_trials, options.max_num_trials = 200, 2000
+    return options
+
+
+Judge = Callable[[Float[Tensor, "T 3 H W"]], dict[str, Value]]

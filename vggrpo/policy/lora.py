@@ -1,0 +1,67 @@
+"""LoRA on a Wan transformer: injected, and written so that others load it at the right scale.
+
+`pytorch_lora_weights.safetensors` is diffusers' own form (prefix `transformer.`, rank and alpha in the header), for
+`pipe.load_lora_weights(folder)`. `comfyui.safetensors` has the names of Wan's first release and an alpha for each map.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vggrpo.config import LoraSize
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+"""What LoRA updates: the projections of self- and cross-attention."""
+WEIGHTS, COMFYUI = "pytorch_lora_weights.safetensors", "comfyui.safetensors"
+NATIVE = {
+    "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o", "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+"""diffusers' names within a block, and Wan's own."""
+
+
+def add_lora(transformer: WanTransformer3DModel, size: LoraSize) -> None:
+    """Freeze a transformer and give its attention low-rank updates, which start at 0."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=TARGETS))
+
+
+def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
+    """Write both files.
+
+    Raises:
+        ValueError: the transformer has no adapters.
+    """
+    if not getattr(transformer, "peft_config", None):
+        raise ValueError("the transformer has no LoRA to save: add_lora comes first")
+    weights = get_peft_model_state_dict(transformer)
+    WanPipeline.save_lora_weights(
+        folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
+    )
+    (config,) = transformer.peft_config.values()
+    save_file(native_names(weights, float(config.lora_alpha)), folder / COMFYUI)
+
+
+def native_names(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """`blocks.0.attn1.to_q.lora_A.weight` -> `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, and an alpha.
+
+    Raises:
+        ValueError: a map that Wan's own code has no name for.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        _, number, rest = key.split(".", 2)
+        inside, side = rest.removesuffix(".weight").rsplit(".", 1)
+        if inside not in NATIVE:
+            raise ValueError(f"{key} has no name in Wan's own code: it can only be used by diffusers")
+        stem = f"diffusion_model.blocks.{number}.{NATIVE[inside]}"
+        found[f"{stem}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = value.detach().contiguous().cpu()
+        found[f"{stem}.alpha"] = torch.tensor(float(alpha))
+    return found

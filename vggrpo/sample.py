@@ -1,0 +1,206 @@
+"""Videos from a model, tuned or not: each with its latents, its geometry and its rewards.
+
+    out/000.mp4           the video                      out/000.ply    its points, coloured
+    out/000.safetensors   z0, normalised latents         out/000.npz    c2w, intrinsics, depth, points, confidence, flow
+    out/samples.json      prompt, seed and rewards of every video, and of every candidate that it was chosen from
+
+Two ways to spend compute in place of training: best-of-n by reward, and guidance by the reward's gradient
+(`guidance.guided`). The VAE is loaded for the mp4 alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from geometry.latent import LatentGeometryModel
+from geometry.types import Geometry
+from rewards import DEFAULT, PAPER, REWARDS
+from vggrpo.grpo import group_advantage
+from vggrpo.guidance import classifier_free, guided
+from vggrpo.policy.flow_policy import Encoder
+from vggrpo.sampler import normal, ode_sample, time_grid
+from vggrpo.types import Condition, Streams
+
+SETS: dict[str, dict[str, float]] = {"default": DEFAULT, "paper": PAPER}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What is sampled, and how."""
+
+    prompts: str
+    """Text file, one prompt on each line."""
+    out: str
+    """Folder of the videos."""
+    model: str = "assets/tiny-wan"
+    """Wan folder in diffusers layout."""
+    lora: str | None = None
+    """Folder of a LoRA, as `vggrpo train` and `vggrpo sft` write it."""
+    geometry: str = "assets/tiny-geometry"
+    """The geometry model whose tail the latent geometry model uses."""
+    lgm: str = "assets/tiny-lgm"
+    """The latent geometry model."""
+    frames: int = 17
+    """4 n + 1."""
+    height: int = 64
+    """A multiple of 16."""
+    width: int = 64
+    """See `height`."""
+    max_len: int = 96
+    """Tokens of a prompt; Wan's own is 512."""
+    num_steps: int = 20
+    """Steps from noise to data."""
+    shift: float = 3.0
+    """Of the time grid; Wan uses 3 (480p) or 5 (720p)."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 is none."""
+    negative_prompt: str = ""
+    """What it moves away from."""
+    guidance_geometry: float = 0.0
+    """Scale of the reward's gradient; 0 is none."""
+    guide_every: int = 4
+    """Steps between two that are guided by geometry."""
+    best_of: int = 1
+    """Candidates for each prompt; the one whose rewards are best is kept."""
+    rewards: Literal["default", "paper"] = "default"
+    """Which rewards choose and guide."""
+    seed: int = 0
+    """Of the noise: candidate k of prompt b is the same whatever else is sampled."""
+    device: str = "cpu"
+    """Or cuda."""
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
+        time_grid(self.num_steps, self.shift)
+        if self.best_of < 1 or self.guide_every < 1 or self.guidance_geometry < 0:
+            raise ValueError("best_of and guide_every must be >= 1, and guidance_geometry >= 0")
+
+
+class Models(NamedTuple):
+    """What sampling needs."""
+
+    network: nn.Module
+    """A `flow_policy.Network`."""
+    encode: Encoder
+    lgm: LatentGeometryModel
+    latent_shape: tuple[int, ...]
+
+
+class Sampled(NamedTuple):
+    """One video, and what it was chosen from."""
+
+    prompt: str
+    chosen: int
+    """Which candidate."""
+    z0: Float[Tensor, "C L h w"]
+    scene: Geometry
+    rewards: dict[str, float]
+    """Of the video."""
+    candidates: dict[str, list[float]]
+    """Of all of them."""
+
+
+def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
+    """The parts of a Wan folder that sampling needs, with the LoRA if there is one; prompts are encoded here.
+
+    Raises:
+        ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
+    """
+    from vggrpo.policy.lora import WEIGHTS
+    from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
+    from vggrpo.sft import load_transformer
+    from vggrpo.stitch.load import load_lgm
+
+    cfg.check()
+    folder = Path(cfg.model)
+    shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
+    transformer = load_transformer(folder)
+    if cfg.lora is not None:
+        if not (Path(cfg.lora) / WEIGHTS).is_file():
+            raise ValueError(f"{cfg.lora} has no {WEIGHTS}: it is not the folder of a LoRA")
+        transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=WEIGHTS)
+    encode = cached_prompts(load_encoders(folder, cfg.max_len, cfg.device), [*prompts, cfg.negative_prompt])
+    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
+    network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
+    return Models(network, encode, lgm, shape)
+
+
+def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iterator[Sampled]:
+    """The best of `best_of` candidates for each prompt."""
+    weights, grid = SETS[cfg.rewards], time_grid(cfg.num_steps, cfg.shift)
+    for b, prompt in enumerate(prompts):
+        streams = [Streams(cfg.seed, 0).member(b, k) for k in range(cfg.best_of)]
+        z = normal((cfg.best_of, *models.latent_shape), streams).to(cfg.device)
+        under, negative = (
+            models.encode(Condition([text])).to(cfg.device).expand(cfg.best_of, -1, -1)
+            for text in (prompt, cfg.negative_prompt)
+        )
+
+        def bound(text: Tensor) -> Any:
+            return lambda z_t, t: models.network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), text)
+
+        velocity = classifier_free(bound(under), bound(negative), cfg.guidance_scale)
+        if cfg.guidance_geometry > 0:
+            velocity = guided(velocity, _total(models.lgm, weights), cfg.guidance_geometry, grid, cfg.guide_every)
+        with torch.no_grad():
+            z0 = ode_sample(velocity, z, grid)
+            scene = models.lgm(z0)
+            scores = {name: REWARDS[name](scene) for name in weights}
+        chosen = best(scores, weights)
+        yield Sampled(
+            prompt,
+            chosen,
+            z0[chosen],
+            scene.map(lambda x, k=chosen: x[k]),
+            {name: float(r[chosen]) for name, r in scores.items()},
+            {name: r.tolist() for name, r in scores.items()},
+        )
+
+
+def best(scores: dict[str, Float[Tensor, " n"]], weights: dict[str, float]) -> int:
+    """The candidate with the highest weighted average of z-scores; the first of equals; never one without a score."""
+    if len(next(iter(scores.values()))) == 1:
+        return 0
+    advantage = group_advantage({name: r[None] for name, r in scores.items()}, weights, silent="drop")[0]
+    scored = torch.stack([r.isfinite() for r in scores.values()]).all(0)
+    return int(advantage.where(scored | ~scored.any(), -torch.inf).argmax())
+
+
+def save_sampled(folder: Path, number: int, one: Sampled, video: UInt8[Tensor, "T 3 H W"], fps: int = 8) -> None:
+    """All files of one video."""
+    from geometry.export import save_ply
+    from vggrpo.bootstrap.assets import save_tensors
+    from vggrpo.data import write_video
+
+    name = folder / f"{number:03d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(name.with_suffix(".mp4"), video, fps)
+    save_tensors(name.with_suffix(".safetensors"), {"z0": one.z0.cpu().contiguous()})
+    maps: dict[str, Any] = {key: x.cpu().numpy() for key, x in vars(one.scene).items() if isinstance(x, Tensor)}
+    np.savez_compressed(name.with_suffix(".npz"), **maps)
+    save_ply(name.with_suffix(".ply"), one.scene.map(lambda x: x.cpu()), video.float() / 255)
+
+
+def record(cfg: SampleConfig, number: int, one: Sampled) -> dict[str, Any]:
+    """A line of samples.json."""
+    return {
+        "file": f"{number:03d}.mp4",
+        "prompt": one.prompt,
+        "seed": [cfg.seed, number, one.chosen],
+        "rewards": one.rewards,
+        "candidates": one.candidates,
+    }
+
+
+def _total(lgm: LatentGeometryModel, weights: dict[str, float]) -> Any:
+    def reward(z0: Float[Tensor, "n C L h w"]) -> Float[Tensor, " n"]:
+        scene = lgm(z0)
+        return torch.stack([w * REWARDS[name](scene) for name, w in weights.items()]).sum(0) / sum(weights.values())
+
+    return reward

@@ -1,0 +1,185 @@
+"""Geometry and rewards of any video: through the RGB geometry model, or through the VAE and the latent one.
+
+out/NAME.json   rewards, judges         out/NAME.png   camera path, depth, what moves, errors frame by frame
+out/NAME.ply    the cloud               out/NAME.rrd   for rerun
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geometry.reproject import dynamic_mask
+from geometry.types import Geometry, GeometryModel
+from rewards import REWARDS, motion_errors, reprojection_errors
+from vggrpo.data import SUFFIXES, DataConfig, read_frames, read_video
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SHOWN = 6
+"""Frames in the strips of a plot."""
+MOVES = 0.004
+"""Scene flow, in median depths, from which on a pixel counts as moving: what the rewards take."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is scored, and with what."""
+
+    videos: tuple[str, ...]
+    """Video files, folders of videos, or folders of one video's frames."""
+    through: Literal["rgb", "latent"] = "rgb"
+    """"rgb": the geometry model sees the frames. "latent": the latent one sees what the VAE makes of them."""
+    out: str | None = None
+    """Folder for what is written; without it everything is printed."""
+    model: str = "assets/tiny-wan"
+    """Wan folder, for its VAE."""
+    geometry: str = "assets/tiny-geometry"
+    """The geometry model."""
+    lgm: str = "assets/tiny-lgm"
+    """The latent geometry model."""
+    frames: int = 17
+    """4 n + 1, from a video's beginning."""
+    every: int = 1
+    """Take one in so many frames."""
+    height: int = 64
+    """A video is scaled until it covers height x width, and its middle is kept."""
+    width: int = 64
+    """See `height`."""
+    judges: bool = False
+    """Also what the judges say, which no reward knows."""
+    plot: bool = False
+    """Write a picture."""
+    ply: bool = False
+    """Write the cloud."""
+    rerun: bool = False
+    """Write a recording for rerun."""
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
+        DataConfig(videos="", frames=self.frames, every=self.every, height=self.height, width=self.width)
+        if not self.videos:
+            raise ValueError("name at least one video, or a folder of them")
+        if self.out is None and (self.plot or self.ply or self.rerun):
+            raise ValueError("plot, ply and rerun need a folder to write to: give --out")
+
+
+def load_model(cfg: ScoreConfig) -> GeometryModel:
+    """Video [*batch T 3 H W] to geometry, by the way that the config names.
+
+    Raises:
+        ValueError: a file that is missing or not the one that its card speaks of.
+    """
+    cfg.check()
+    if cfg.through == "rgb":
+        from vggrpo.bootstrap.geometry_publish import load_geometry
+
+        return load_geometry(cfg.geometry)
+    from vggrpo.bootstrap.vae import encode, load_vae, normalise
+    from vggrpo.stitch.load import load_lgm
+
+    vae, lgm = load_vae(Path(cfg.model) / "vae"), load_lgm(cfg.lgm, cfg.geometry, Path(cfg.model) / "vae")
+    return lambda video: lgm(normalise(vae, encode(vae, video)))
+
+
+def found_videos(cfg: ScoreConfig) -> Iterator[tuple[str, Float[Tensor, "T 3 H W"]]]:
+    """Name and frames of every video that the config means.
+
+    Raises:
+        ValueError: nothing there, or nothing that can be read.
+    """
+    how = DataConfig(videos="", frames=cfg.frames, every=cfg.every, height=cfg.height, width=cfg.width)
+    for given in cfg.videos:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+            films = [one for one in inside if one.suffix.lower() in SUFFIXES]
+            frames = [one for one in inside if one.suffix.lower() in PICTURES]
+            if not films and not frames:
+                raise ValueError(
+                    f"{path} holds neither videos ({', '.join(SUFFIXES)}) nor frames ({', '.join(PICTURES)})"
+                )
+            for film in films:
+                yield film.stem, read_video(film, how).float() / 255
+            if not films:
+                yield path.name, read_frames(frames, how).float() / 255
+        elif path.is_file():
+            yield path.stem, read_video(path, how).float() / 255
+        else:
+            raise ValueError(f"no video at {path}")
+
+
+@torch.no_grad()
+def score(video: Float[Tensor, "T 3 H W"], model: GeometryModel, *, judges: bool) -> tuple[Geometry, dict[str, Any]]:
+    """Its geometry, and what is said of it; JSON has no NaN, so what cannot be scored is None."""
+    scene = model(video[None]).map(lambda x: x[0])
+    said: dict[str, Any] = {"rewards": {name: _plain(float(fn(scene))) for name, fn in REWARDS.items()}}
+    said["moving_pixels"] = float(dynamic_mask(scene, MOVES * float(scene.depth.median())).float().mean())
+    if judges:
+        from vggrpo.evaluate.judges import judge
+
+        said["judges"] = {name: x.reason or _plain(x.value) for name, x in judge(video).items()}
+    return scene, said
+
+
+def write(cfg: ScoreConfig, name: str, video: Float[Tensor, "T 3 H W"], scene: Geometry, said: dict[str, Any]) -> None:
+    """All files that the config asks for."""
+    from geometry.export import save_ply, save_rerun
+
+    folder = Path(cfg.out or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(said, indent=2) + "\n")
+    if cfg.ply:
+        save_ply(folder / f"{name}.ply", scene, video)
+    if cfg.rerun:
+        save_rerun(folder / f"{name}.rrd", scene, video)
+    if cfg.plot:
+        plot(folder / f"{name}.png", name, video, scene, said)
+
+
+def plot(path: Path, name: str, video: Float[Tensor, "T 3 H W"], scene: Geometry, said: dict[str, Any]) -> None:
+    """Frames, depth and what moves; the camera's path from above, and the errors that rewards are made of."""
+    from matplotlib.figure import Figure
+
+    T = len(video)
+    at = torch.linspace(0, T - 1, min(SHOWN, T)).round().long()
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3, 2]).flat  # type: ignore[union-attr]
+    rewards = "   ".join(f"{key} {'-' if x is None else f'{x:.3f}'}" for key, x in said["rewards"].items())
+    figure.suptitle(f"{name}\n{rewards}", fontsize=10)
+    unit = float(scene.depth.median())
+    moving = dynamic_mask(scene, MOVES * unit)
+    rows = above.subplots(3, len(at), squeeze=False)
+    for column, i in enumerate(at.tolist()):
+        rows[0][column].imshow(video[i].movedim(0, -1).clamp(0, 1).numpy())
+        rows[0][column].set_title(f"frame {i}", fontsize=8)
+        rows[1][column].imshow((unit / scene.depth[i]).clamp(0, 3).numpy(), cmap="magma", vmin=0, vmax=2.5)
+        rows[2][column].imshow(moving[i].numpy(), cmap="gray", vmin=0, vmax=1)
+    for axis, words in zip(rows[:, 0], ("video", "nearness", "moves by itself"), strict=True):
+        axis.set_ylabel(words, fontsize=8)
+    for axis in rows.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    left, right = below.subplots(1, 2)
+    centres, ahead = (scene.c2w[:, :3, 3] / unit).numpy(), scene.c2w[:, :3, 2].numpy()
+    left.plot(centres[:, 0], centres[:, 2], "o-", markersize=3)
+    left.quiver(centres[:, 0], centres[:, 2], ahead[:, 0], ahead[:, 2], color="grey", width=0.003, scale=12)
+    left.set(title="camera from above", xlabel="right (median depths)", ylabel="forward", aspect="equal")
+    left.margins(0.2)
+    inner = range(1, T - 1)
+    errors = motion_errors(scene)
+    right.plot(inner, errors.translation.numpy(), label="jolt, translation")
+    right.plot(inner, errors.rotation.numpy(), label="jolt, rotation")
+    right.plot(range(T), reprojection_errors(scene).numpy(), label="reprojection error")
+    right.set(title="frame by frame", xlabel="frame", ylim=(0, None))
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def _plain(x: float) -> float | None:
+    return None if math.isnan(x) else x
