@@ -40,9 +40,9 @@ def fidelity_table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return table(["reward, read from", *kinds], rows)
 
 
-def verdicts(report: dict[str, Any]) -> list[str]:
+def verdicts(card: dict[str, Any]) -> list[str]:
     """The bars, one line each."""
-    numbers = report["held_out"]["all"]
+    numbers = card["held_out"]["all"]
     against = ratios(numbers["distilled"], numbers["teacher"])
     rows: dict[str, Sequence[float | str]] = {
         f"{BARS[name][0]}, in the teacher's error": [x, f"<= {RATIO_BAR}", _met(x <= RATIO_BAR)]
@@ -50,7 +50,7 @@ def verdicts(report: dict[str, Any]) -> list[str]:
         if BARS[name][1] is not None
     }
     for reward, bar in FIDELITY_BARS.items():
-        x = report["fidelity"]["spearman"]["latent model"][reward]["all"]
+        x = card["report"]["fidelity"]["spearman"]["latent model"][reward]["all"]
         rows[f"{reward}, Spearman with the truth's"] = [x, f">= {bar}", _met(x >= bar)]
     return table(["", "measured", "bar", ""], rows)
 
@@ -60,7 +60,7 @@ def card_text(card: dict[str, Any]) -> str:
     report, recipe = card["report"], card["recipe"]
     first, last = card["seeds"]["held out"]
     held_out = (last - first + 1) // card["seeds"]["held out, every"]
-    held, modes, spearman = report["held_out"], report["modes"], report["fidelity"]["spearman"]
+    held, modes, spearman = card["held_out"], report["modes"], report["fidelity"]["spearman"]
     kinds = {
         f"{kind}: {name}": [numbers[name].get(k, float("nan")) for k in BARS]
         for kind, numbers in held.items()
@@ -114,7 +114,7 @@ def card_text(card: dict[str, Any]) -> str:
         "",
         "## Bars",
         "",
-        *verdicts(report),
+        *verdicts(card),
         "",
         "![Ranking of the closed forms, distillation, errors](made.png)",
         "",

@@ -45,7 +45,8 @@ def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[s
         "parameters": sum(p.numel() for p in trained(model).values()),
         "curve": shipped["curve"],
         "sha256": {name: sha256(folder / name) for name in (CARD, WEIGHTS)},
-        "report": found,
+        "held_out": found["held_out"],
+        "report": {name: part for name, part in found.items() if name != "held_out"},
     }
     card = rounded(card)
     save_json(folder / "card.json", card)

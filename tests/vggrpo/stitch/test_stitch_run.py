@@ -184,6 +184,7 @@ def test_the_asset_loads_and_says_what_it_is(recipe, published, made):
     card, text = read_card(folder), (folder / "README.md").read_text()
     assert card["made_from"] == run.sources(recipe)
     assert "values" not in card["report"]["fidelity"]
+    assert set(card["held_out"]["all"]) >= {"teacher", "distilled"}
     for picture in ("made.png", "noise.png", "fidelity.png"):
         assert (folder / picture).stat().st_size > 1000
         assert picture in text
