@@ -43,6 +43,7 @@ assets: $(INSTALLED)
 	$(BOOTSTRAP) geometry $(RECIPES)/geometry.yaml out=$(NEW)/geometry
 	$(BOOTSTRAP) referee $(RECIPES)/referee.yaml out=$(NEW)/referee
 	$(BOOTSTRAP) generator $(RECIPES)/generator.yaml training.out=$(NEW)/generator
+	$(BIN)/python -m vggrpo stitch launch/recipes/stitch/tiny.yaml out=$(NEW)/stitch
 	$(BOOTSTRAP) eval
 
 # Torch comes first and pinned, so that no other package's range picks its version and build.

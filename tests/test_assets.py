@@ -22,7 +22,8 @@ def test_all_assets_together_are_at_most_40_megabytes():
 @pytest.mark.parametrize("folder", CARDS)
 def test_every_asset_is_what_its_card_says_and_its_card_says_how_it_was_made(folder):
     card = read_card(ASSETS / folder)
-    assert {"command", "seeds", "steps", "hours", "hardware", "held_out"} <= set(card)
+    assert {"command", "seeds", "steps", "hours", "hardware"} <= set(card)
+    assert {"held_out", "report"} & set(card), "what it measured"
     recipes = [word for word in card["command"].split() if word.endswith(".yaml")]
     assert (ROOT / recipes[0]).is_file()
     assert (ASSETS / folder / "README.md").is_file()
@@ -39,7 +40,7 @@ def test_make_assets_runs_recipes_that_exist_after_what_they_need():
     done = subprocess.run(["make", "-n", "assets"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     recipes = [word for line in done.splitlines() for word in line.split() if word.endswith(".yaml")]
     order = [Path(recipe).stem for recipe in recipes]
-    assert order == ["text", "vae", "geometry", "referee", "generator"]
+    assert order == ["text", "vae", "geometry", "referee", "generator", "tiny"]
     assert all((ROOT / recipe).is_file() for recipe in recipes)
     assert all("=runs/assets/" in line for line in done.splitlines() if ".yaml" in line), "an old run would be taken up"
 
@@ -73,12 +74,12 @@ def test_an_unknown_stage_or_a_missing_asset_is_one_line(tmp_path, capsys):
     assert "no stage 'vea': choose from" in capsys.readouterr().err
     for stage in MEASURES:
         with pytest.raises(ValueError, match=r"no card\.json in"):
-            evaluate([stage], 0, tmp_path)
+            evaluate([stage], 0, print, tmp_path)
 
 
 def test_a_measure_reads_the_shipped_asset_on_the_seeds_it_is_given(monkeypatch):
     monkeypatch.setattr("vggrpo.bootstrap.evaluation.draw_captions", lambda seeds: draw_captions(seeds[:48]))
-    one, other = (evaluate(["text"], seed, ASSETS)["text"] for seed in (10**8, 10**8 + 500))
+    one, other = (evaluate(["text"], seed, print, ASSETS)["text"] for seed in (10**8, 10**8 + 500))
     assert [row.what for row in one] == [row.what for row in other]
     assert one != other
-    assert "text " in lines({"text": one})[1]
+    assert lines({"text": one})[1].startswith("text ")

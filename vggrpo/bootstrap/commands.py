@@ -102,10 +102,11 @@ def bootstrap_referee(path: str, overrides: Sequence[str]) -> int:
 def bootstrap_eval(stages: Sequence[str], seed: int | None, strict: bool) -> int:
     """Measure the shipped assets again, on fresh seeds, and print the numbers beside their bars."""
     from vggrpo.bootstrap.evaluation import evaluate, lines
+    from vggrpo.bootstrap.progress import Progress
 
     first_seed = 10**8 + 10**5 * secrets.randbelow(10**4) if seed is None else seed
     print(f"seeds from {first_seed}")
-    found = evaluate(stages, first_seed)
+    found = evaluate(stages, first_seed, Progress())
     print(*lines(found), sep="\n")
     return 1 if strict and any(row.missed() for rows in found.values() for row in rows) else 0
 

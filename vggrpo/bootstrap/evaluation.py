@@ -9,18 +9,22 @@ from typing import NamedTuple
 
 import torch
 
-from vggrpo.bootstrap import generator_card, geometry_publish, vae_card
+from vggrpo.bootstrap import generator_card, vae_card
 from vggrpo.bootstrap.assets import read_card
 from vggrpo.bootstrap.captions import draw_captions
 from vggrpo.bootstrap.footage import render_footage
 from vggrpo.bootstrap.generator import load_generator
 from vggrpo.bootstrap.generator_eval import Sampling, evaluate_generator, load_reader
 from vggrpo.bootstrap.geometry_eval import Model, measure, predict
+from vggrpo.bootstrap.geometry_publish import BARS, held_out, load_geometry
 from vggrpo.bootstrap.referee_publish import load_referee
 from vggrpo.bootstrap.text import load_text
 from vggrpo.bootstrap.text_train import probe
 from vggrpo.bootstrap.vae import load_vae
 from vggrpo.bootstrap.vae_eval import evaluate_vae
+from vggrpo.stitch.clips import latents_of
+from vggrpo.stitch.judge import RATIO_BAR, in_parts, ratios
+from vggrpo.stitch.load import load_lgm
 
 ASSETS = Path("assets")
 
@@ -66,7 +70,7 @@ def text_rows(assets: Path, first_seed: int) -> list[Row]:
 
 def geometry_rows(assets: Path, first_seed: int) -> list[Row]:
     """80 steady clips."""
-    return _cameras(geometry_publish.load_geometry(assets / "tiny-geometry"), first_seed)
+    return _cameras(load_geometry(assets / "tiny-geometry"), first_seed)
 
 
 def referee_rows(assets: Path, first_seed: int) -> list[Row]:
@@ -87,17 +91,32 @@ def generator_rows(assets: Path, first_seed: int) -> list[Row]:
     ]
 
 
+def stitch_rows(assets: Path, first_seed: int) -> list[Row]:
+    """80 steady clips."""
+    geometry, wan = assets / "tiny-geometry", assets / "tiny-wan/vae"
+    model, teacher, vae = load_lgm(assets / "tiny-lgm", geometry, wan), load_geometry(geometry), load_vae(wan)
+    lessons, _ = held_out(4, first=first_seed)
+    video, known = lessons.video.float() / 255, lessons.intrinsics
+    mine = measure(in_parts(model, latents_of(vae, video), known), lessons)
+    errors = ratios(mine, measure(in_parts(teacher, video, known), lessons))
+    barred = [(what, errors[name]) for name, (what, bar, _) in BARS.items() if bar is not None]
+    return [Row(f"{what}, in the teacher's error", error, RATIO_BAR, -1) for what, error in barred]
+
+
 MEASURES: dict[str, Measure] = {
     "text": text_rows,
     "vae": vae_rows,
     "geometry": geometry_rows,
     "referee": referee_rows,
     "generator": generator_rows,
+    "stitch": stitch_rows,
 }
 
 
-def evaluate(stages: Sequence[str], first_seed: int, assets: Path = ASSETS) -> dict[str, list[Row]]:
-    """The rows of some stages, or of all if none is named.
+def evaluate(
+    stages: Sequence[str], first_seed: int, say: Callable[[str], None], assets: Path = ASSETS
+) -> dict[str, list[Row]]:
+    """The rows of some stages, or of all if none is named. `say` hears which is being measured.
 
     Raises:
         ValueError: an unknown stage; an asset that is missing or damaged.
@@ -105,21 +124,27 @@ def evaluate(stages: Sequence[str], first_seed: int, assets: Path = ASSETS) -> d
     unknown = [stage for stage in stages if stage not in MEASURES]
     if unknown:
         raise ValueError(f"no stage {unknown[0]!r}: choose from {', '.join(MEASURES)}")
-    return {stage: MEASURES[stage](assets, first_seed) for stage in stages or MEASURES}
+    found = {}
+    for stage in stages or MEASURES:
+        say(f"measuring {stage}")
+        found[stage] = MEASURES[stage](assets, first_seed)
+    return found
 
 
 def lines(found: dict[str, list[Row]]) -> list[str]:
     """One line a row."""
-    head = [f"{'stage':<10} {'measured on fresh seeds':<44} {'value':>8} {'bar':>10}"]
+    width = max(len(row.what) for rows in found.values() for row in rows)
+    said = [f"{'stage':<9}  {'measured on fresh seeds':<{width}}  {'value':>7}  bar"]
     for stage, rows in found.items():
         for row in rows:
-            bar = "" if row.bar is None else f"{'>=' if row.sign > 0 else '<='} {row.bar:g}"
-            verdict = "" if row.bar is None else "missed" if row.missed() else "met"
-            head.append(f"{stage:<10} {row.what:<44} {row.value:>8.3f} {bar:>10} {verdict}".rstrip())
-    return head
+            end = (
+                f"{'>=' if row.sign > 0 else '<='} {row.bar:g} {'missed' if row.missed() else 'met'}" if row.bar else ""
+            )
+            said.append(f"{stage:<9}  {row.what:<{width}}  {row.value:>7.3f}  {end}".rstrip())
+    return said
 
 
 def _cameras(model: Model, first_seed: int) -> list[Row]:
-    lessons, _ = geometry_publish.held_out(4, first=first_seed)
+    lessons, _ = held_out(4, first=first_seed)
     found = measure(predict(model, lessons), lessons)
-    return [Row(what, found[name], bar, sign) for name, (what, bar, sign) in geometry_publish.BARS.items()]
+    return [Row(what, found[name], bar, sign) for name, (what, bar, sign) in BARS.items()]
