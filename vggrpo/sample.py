@@ -56,9 +56,9 @@ class SampleConfig:
     """Tokens of a prompt; Wan's own is 512."""
     num_steps: int = 20
     """Steps from noise to data."""
-    shift: float = 3.0
-    """Of the time grid; Wan uses 3 (480p) or 5 (720p)."""
-    guidance_scale: float = 3.0
+    shift: float | None = None
+    """Of the time grid; by default what the model's own scheduler says."""
+    guidance_scale: float = 4.0
     """Classifier-free guidance; 1 is none."""
     negative_prompt: str = ""
     """What it moves away from."""
@@ -77,7 +77,7 @@ class SampleConfig:
 
     def check(self) -> None:
         """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
-        time_grid(self.num_steps, self.shift)
+        time_grid(self.num_steps, 1.0 if self.shift is None else self.shift)
         if self.best_of < 1 or self.guide_every < 1 or self.guidance_geometry < 0:
             raise ValueError("best_of and guide_every must be >= 1, and guidance_geometry >= 0")
 
@@ -90,6 +90,8 @@ class Models(NamedTuple):
     encode: Encoder
     lgm: LatentGeometryModel
     latent_shape: tuple[int, ...]
+    grid: Float[Tensor, " times"]
+    """From noise to data."""
 
 
 class Sampled(NamedTuple):
@@ -113,7 +115,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
         ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
     """
     from vggrpo.policy.lora import WEIGHTS
-    from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
+    from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders, own_shift
     from vggrpo.sft import load_transformer
     from vggrpo.stitch.load import load_lgm
 
@@ -128,12 +130,13 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     encode = cached_prompts(load_encoders(folder, cfg.max_len, cfg.device), [*prompts, cfg.negative_prompt])
     lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
     network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
-    return Models(network, encode, lgm, shape)
+    grid = time_grid(cfg.num_steps, own_shift(folder) if cfg.shift is None else cfg.shift)
+    return Models(network, encode, lgm, shape, grid)
 
 
 def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iterator[Sampled]:
     """The best of `best_of` candidates for each prompt."""
-    weights, grid = SETS[cfg.rewards], time_grid(cfg.num_steps, cfg.shift)
+    weights, grid = SETS[cfg.rewards], models.grid
     for b, prompt in enumerate(prompts):
         streams = [Streams(cfg.seed, 0).member(b, k) for k in range(cfg.best_of)]
         z = normal((cfg.best_of, *models.latent_shape), streams).to(cfg.device)

@@ -15,13 +15,14 @@ from vggrpo.check import check
 from vggrpo.checkpoint import load_checkpoint
 from vggrpo.config import load_recipe
 from vggrpo.data import read_prompts, write_video
-from vggrpo.policy.wan import latent_shape
+from vggrpo.policy.wan import latent_shape, own_shift
 from vggrpo.sample import SampleConfig, best, load_models, sample_videos
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "launch/recipes/tiny.yaml")
+# Groups of three: in a group of two, two rewards that disagree cancel exactly.
 SMALL = [
-    *("grpo.group_size=2", "grpo.beta=0.1", "sampling.num_steps=3", "sampling.window.size=1", "sampling.window.stop=2"),
+    *("grpo.group_size=3", "grpo.beta=0.1", "sampling.num_steps=3", "sampling.window.size=1", "sampling.window.stop=2"),
     *("video.frames=5", "video.height=32", "video.width=32"),
 ]
 
@@ -178,6 +179,16 @@ def test_a_video_written_is_the_video_read(tmp_path):
     again = read_video(tmp_path / "a.mp4", DataConfig(videos="", frames=5, height=32, width=32))
     assert (again.float() - video.float()).abs().max() < 6
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_time_grid_is_the_models_own_unless_said_otherwise(tmp_path):
+    assert own_shift(ROOT / "assets/tiny-wan") == 2.0
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text('{"flow_shift": 5.0, "shift": 1.0}')  # as UniPC has it
+    assert own_shift(tmp_path) == 5.0
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="says nothing of a shift"):
+        own_shift(tmp_path)
 
 
 def test_latent_shapes_are_the_vaes():

@@ -68,6 +68,22 @@ def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[in
     return config["z_dim"], (frames - 1) // s + 1, height // p, width // p
 
 
+def own_shift(folder: Path) -> float:
+    """The shift of a Wan folder's own time grid, whichever of diffusers' schedulers it has.
+
+    Raises:
+        ValueError: no scheduler there, or one without a shift.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no scheduler/scheduler_config.json: give the time grid's shift yourself")
+    config = json.loads(path.read_text())
+    shift = config.get("flow_shift", config.get("shift"))
+    if shift is None:
+        raise ValueError(f"{path} says nothing of a shift: give the time grid's shift yourself")
+    return float(shift)
+
+
 def cached_prompts(encoders: Encoders, prompts: Sequence[str]) -> Encoder:
     """The embeddings of these prompts, kept on the CPU so that the encoder can go; no other can be asked for."""
     known = {prompt: encoders.text([prompt])[0].float().cpu() for prompt in dict.fromkeys(prompts)}
