@@ -11,7 +11,7 @@ import torch
 from vggrpo.bootstrap.commands import STAGES, bootstrap_eval
 from vggrpo.build import build
 from vggrpo.check import check
-from vggrpo.config import load_recipe, read_recipe
+from vggrpo.recipe import load_recipe, read_recipe
 
 Action = Callable[..., int]
 """What a command does with the path of a recipe, what is said on top of it, and flags; the exit status comes back."""

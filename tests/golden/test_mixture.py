@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from vggrpo.build import build
-from vggrpo.config import load_recipe
+from vggrpo.recipe import load_recipe
 from vggrpo.trainer import train
 
 HERE = Path(__file__).parent

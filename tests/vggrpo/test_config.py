@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vggrpo import build, cli
-from vggrpo.config import GrpoConfig, Recipe, load_recipe
+from vggrpo.config import GrpoConfig, Recipe
+from vggrpo.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))

@@ -14,7 +14,7 @@ import yaml
 
 from vggrpo import cli
 from vggrpo.checkpoint import load_checkpoint
-from vggrpo.config import load_recipe
+from vggrpo.recipe import load_recipe
 from vggrpo.signals import Interrupted, Signals
 
 ROOT = Path(__file__).parents[2]

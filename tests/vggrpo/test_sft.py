@@ -11,10 +11,10 @@ from diffusers.models.embeddings import Timesteps
 from vggrpo.bootstrap.text import build_encoder, build_tokenizer
 from vggrpo.bootstrap.vae import build_vae
 from vggrpo.cli import main
-from vggrpo.config import read_recipe
 from vggrpo.data import Encoded
 from vggrpo.flow import euler_step, interpolate
 from vggrpo.policy.wan import load_encoders, wan_velocity
+from vggrpo.recipe import read_recipe
 from vggrpo.sampler import ode_sample, time_grid
 from vggrpo.sft import (
     draw_times,

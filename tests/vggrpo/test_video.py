@@ -13,9 +13,9 @@ from vggrpo import cli
 from vggrpo.build import build, chosen_rewards
 from vggrpo.check import check
 from vggrpo.checkpoint import load_checkpoint
-from vggrpo.config import load_recipe
 from vggrpo.data import read_prompts, write_video
 from vggrpo.policy.wan import latent_shape, own_shift
+from vggrpo.recipe import load_recipe
 from vggrpo.sample import SampleConfig, best, load_models, sample_videos
 
 ROOT = Path(__file__).parents[2]

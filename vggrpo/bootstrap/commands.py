@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Callable, Sequence
 
-from vggrpo.config import read_recipe
+from vggrpo.recipe import read_recipe
 
 
 def bootstrap_vae(path: str, overrides: Sequence[str]) -> int:

@@ -25,8 +25,8 @@ from vggrpo.bootstrap.generator_eval import (
 )
 from vggrpo.bootstrap.text import build_encoder, build_tokenizer
 from vggrpo.bootstrap.vae import build_vae
-from vggrpo.config import read_recipe
 from vggrpo.data import Encoded
+from vggrpo.recipe import read_recipe
 from vggrpo.sft import start_sft, train_sft
 from vggrpo.sft_config import LoraSize, SftRecipe, WanSize
 

@@ -13,7 +13,7 @@ from vggrpo.bootstrap.captions import FACTS, draw_captions
 from vggrpo.bootstrap.text import TextStage, build_encoder, build_tokenizer, encode_prompts, load_text
 from vggrpo.bootstrap.text_publish import FILES, publish_text
 from vggrpo.bootstrap.text_train import TextRecipe, probe, start_text, train_text
-from vggrpo.config import read_recipe
+from vggrpo.recipe import read_recipe
 
 ROOT = Path(__file__).parents[3]
 ASSET = ROOT / "assets/tiny-wan"

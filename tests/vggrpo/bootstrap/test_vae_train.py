@@ -13,7 +13,7 @@ from vggrpo.bootstrap.footage import cached_footage
 from vggrpo.bootstrap.vae_eval import psnr, reconstruct
 from vggrpo.bootstrap.vae_recipe import VaeRecipe
 from vggrpo.bootstrap.vae_train import Crop, checkpoint_of, draw_batch, draw_crop, start_run, train_vae
-from vggrpo.config import read_recipe
+from vggrpo.recipe import read_recipe
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "launch/recipes/bootstrap/vae.yaml"
