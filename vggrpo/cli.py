@@ -84,6 +84,13 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -
     todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
     boundary = 0  # updates made when iteration `done` was to begin: only there can a run be left and taken up
 
+    def keep() -> None:
+        session.save(done, bare, optimizer)
+        if recipe.video is not None and main:
+            from vggrpo.policy.lora import save_lora
+
+            save_lora(bare.transformer, session.folder)
+
     def poll(*_: Any) -> None:
         if run.accelerator.num_processes == 1 and run.updates == boundary:
             signals.poll()
@@ -98,22 +105,16 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -
                 if main:
                     print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
                 if done and done == numbers["step"] + 1 and done % recipe.checkpoint_every == 0:
-                    session.save(done, bare, optimizer)
+                    keep()
                 if run.any(signals.received is not None):
                     raise Interrupted
         except Interrupted:
-            session.save(done, bare, optimizer)
+            keep()
             return STATUS
         finally:
             watched.remove()
             session.close()
-    session.save(done, bare, optimizer)
-    if recipe.video is not None and main:
-        from pathlib import Path
-
-        from vggrpo.policy.lora import save_lora
-
-        save_lora(bare.transformer, Path(recipe.out))
+    keep()
     return 0
 
 

@@ -17,6 +17,7 @@ from vggrpo.data import read_prompts, write_video
 from vggrpo.policy.wan import latent_shape, own_shift
 from vggrpo.recipe import load_recipe
 from vggrpo.sample import SampleConfig, best, load_models, sample_videos
+from vggrpo.signals import Interrupted, Signals
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "launch/recipes/tiny.yaml")
@@ -66,6 +67,29 @@ def test_training_leaves_a_lora_a_checkpoint_and_numbers(tuned):
     numbers = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert {"reward/motion_smoothness/mean", "reward/camera_motion_floor/mean", "kl"} < set(numbers[1])
     assert numbers[1]["kl"] > 0 == numbers[0]["kl"]
+
+
+def test_a_run_that_was_stopped_has_left_its_lora_too(tmp_path, monkeypatch):
+    polled = []
+
+    def poll(self):
+        polled.append(1)
+        if len(polled) > 12:
+            raise Interrupted
+
+    monkeypatch.setattr(Signals, "poll", poll)
+    assert cli.main(["train", RECIPE, *SMALL, "grpo.num_iterations=9", f"out={tmp_path}"]) == 143
+    assert load_checkpoint(tmp_path / "checkpoints").state["iteration"] < 9
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_video_run_that_goes_on_ends_as_an_unbroken_one_to_the_bit(tuned, tmp_path):
+    command = ["train", RECIPE, *SMALL, "optimizer.lr=0.05", f"out={tmp_path}"]
+    assert cli.main([*command, "grpo.num_iterations=1"]) == 0
+    assert cli.main([*command, "grpo.num_iterations=2", "--resume"]) == 0
+    whole, resumed = (load_checkpoint(folder / "checkpoints").tensors for folder in (tuned, tmp_path))
+    for file, tensors in whole.items():
+        assert all(torch.equal(x, resumed[file][name]) for name, x in tensors.items())
 
 
 def small(**more) -> SampleConfig:
