@@ -103,18 +103,20 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
 
 
 def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -> dict[str, RewardFn]:
-    """The shipped rewards of these names; by default those of `rewards.DEFAULT`.
+    """The shipped rewards of these names.
 
     Raises:
-        ValueError: a name that none of them has.
+        ValueError: no names, or one that none of them has.
     """
-    for name in weights or ():
+    if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
+        raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
+    for name in weights:
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
     estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
-    return {name: estimated.get(name, REWARDS[name]) for name in (weights or DEFAULT)}
+    return {name: estimated.get(name, REWARDS[name]) for name in weights}
 
 
 def concatenated(scenes: Sequence[Geometry]) -> Geometry:

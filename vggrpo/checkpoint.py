@@ -65,8 +65,10 @@ def save_checkpoint(root: Path, step: int, checkpoint: Checkpoint, keep: int = 2
         if folder.exists():  # the same iteration again, after a resume that found it damaged
             shutil.rmtree(folder)
         os.replace(part, folder)
-        _write(root / f"{POINTER}{UNFINISHED}.txt", folder.name + "\n")
-        os.replace(root / f"{POINTER}{UNFINISHED}.txt", root / POINTER)
+        pointer = root / f"{POINTER}.part"
+        _write(pointer, folder.name + "\n")
+        _sync(pointer)
+        os.replace(pointer, root / POINTER)
         _sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)

@@ -63,6 +63,16 @@ def test_true_matches_are_judged_consistent_and_scattered_ones_are_not(orbit):
     assert sampson(matches) == sampson(matches)  # seeded
 
 
+def test_matches_that_a_matrix_was_fitted_to_are_not_asked_about_it():
+    """Thirty matches of pure noise can be fitted (to 0.4 pixels, if they are asked); the other thirty do not agree."""
+    told = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        here = rng.uniform(0, 64, (60, 2))
+        told.append(sampson(Matches(here, here + rng.normal(0, 1, (60, 2)) + [2, 0], 1.0, 60)).value)
+    assert np.mean(told) > 0.55
+
+
 def test_a_camera_that_only_turns_has_no_parallax_and_no_verdict():
     matches = exact(make_clip(70_000_002, motion="pan"), 0, 4)
     assert parallax(matches).value < 0.05
