@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vggrpo.bootstrap.assets import load_tensors, save_json, save_tensors, sha256
-from vggrpo.bootstrap.captions import draw_captions
+from vggrpo.bootstrap.captions import draw_captions, seeds_of
 from vggrpo.bootstrap.footage import render_footage
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -45,6 +45,10 @@ class DataConfig:
     """Folder of videos, each with its caption in a .txt beside it; None is the world."""
     first_seed: int = 0
     """Of the world's clips."""
+    scenes: int | None = None
+    """Scenes that the world's clips share, as many with moving bodies as without; None gives each clip its own."""
+    unseen: bool = False
+    """Only those clips of shared scenes whose camera does what no training clip does there, for tests."""
     num_clips: int = 1024
     """From the world, or at most this many of the folder's videos, by name."""
     frames: int = 17
@@ -189,8 +193,8 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
     """
     sources: list[Any] = []
     if config.videos is None:
-        sources = list(range(config.first_seed, config.first_seed + config.num_clips))
-        captions = [caption.text for caption in draw_captions(sources)]
+        sources = seeds_of(config.first_seed, config.num_clips, config.scenes, config.unseen)
+        captions = [caption.text for caption in draw_captions(sources, config.scenes)]
         names = sources
     else:
         listed = read_folder(config)
@@ -201,6 +205,7 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
         "size": [config.frames, config.every, config.height, config.width],
         "negative_prompt": config.negative_prompt,
         "clips": names,
+        "scenes": config.scenes,
         "captions": captions,
     }
     folder = Path(config.cache) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -218,7 +223,9 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
 
 
 def _load(config: DataConfig, sources: list[Any]) -> Iterator[UInt8[Tensor, "B T 3 H W"]]:
-    return render_footage(sources) if config.videos is None else (read_video(path, config)[None] for path in sources)
+    if config.videos is None:
+        return render_footage(sources, scenes=config.scenes)
+    return (read_video(path, config)[None] for path in sources)
 
 
 def _cover(video: UInt8[Tensor, "T 3 H W"], height: int, width: int) -> UInt8[Tensor, "T 3 {height} {width}"]:

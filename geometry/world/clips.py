@@ -108,6 +108,7 @@ def make_clip(
     jitter: float = 0.0,
     texture_scale: float = 1.0,
     supersample: int = 2,
+    scene: int | None = None,
     device: torch.device | str | None = None,
 ) -> Clip:
     """One clip of the procedural world; the same seed gives the same bits, alone or in `make_clips`.
@@ -123,6 +124,7 @@ def make_clip(
         texture_scale: size of noise cells, checks and stripes. At 1 they span 12 to 40 % of the width of the view,
             far above the pixel grid's limit; below 0.2 at 64 pixels they reach it.
         supersample: rays per pixel side for the colour; 1 leaves the edges jagged. Depth is always the pixel centre's.
+        scene: number of a scene (`stage.known_scene`; `dynamic` ones are others); then only camera and shake are drawn.
 
     Raises:
         ValueError: an argument out of range, by name.
@@ -136,6 +138,7 @@ def make_clip(
         jitter=jitter,
         texture_scale=texture_scale,
         supersample=supersample,
+        scenes=None if scene is None else [scene],
         device=device,
     )[0]
 
@@ -150,9 +153,10 @@ def make_clips(
     jitter: float = 0.0,
     texture_scale: float = 1.0,
     supersample: int = 2,
+    scenes: Sequence[int] | None = None,
     device: torch.device | str | None = None,
 ) -> Clip:
-    """A batch of clips with a leading axis; arguments as in `make_clip`."""
+    """A batch of clips with a leading axis; arguments as in `make_clip`, with a scene for each seed or for none."""
     if len(seeds) == 0 or min(seeds) < 0:
         raise ValueError(f"seeds must be one or more numbers >= 0, got {list(seeds)}")
     if frames < 1 or min(size) < 1 or supersample < 1:
@@ -161,7 +165,12 @@ def make_clips(
         raise ValueError(f"motion must be None or one of {', '.join(MOTIONS)}, got {motion!r}")
     if jitter < 0 or texture_scale <= 0:
         raise ValueError(f"jitter must be >= 0 and texture_scale > 0, got {jitter} and {texture_scale}")
-    takes = [draw_take(seed, frames, size, dynamic, motion, jitter, texture_scale) for seed in seeds]
+    if scenes is not None and (len(scenes) != len(seeds) or min(scenes) < 0):
+        raise ValueError(f"scenes must be {len(seeds)} numbers >= 0, one for each seed, got {list(scenes)}")
+    takes = [
+        draw_take(seed, frames, size, dynamic, motion, jitter, texture_scale, scene)
+        for seed, scene in zip(seeds, scenes or [None] * len(seeds), strict=True)
+    ]
     return _clip(takes, size, supersample, torch.device("cpu") if device is None else torch.device(device))
 
 

@@ -1,12 +1,16 @@
 """Captions of the world without its pictures, with what each one says about camera and bodies."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geometry.world.stage import draw_take
-from vggrpo.bootstrap.footage import kind_of
+from geometry.world.trajectory import MOTIONS
+from vggrpo.bootstrap.footage import kind_of, scene_of
 
 FRAMES, SIZE = 17, (64, 64)
+HELD_OUT = 7
+"""Each scene keeps one in so many of the camera's commands for tests: `seeds_of`."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,12 @@ FACTS = ("camera", "direction", "pace", "bodies", "action", "mover", "whither")
 """Camera verb; its side; slow to fast; number of bodies; what the moving body does; its name; its side."""
 
 
-def draw_captions(seeds: Sequence[int]) -> list[Captioned]:
+def draw_captions(seeds: Sequence[int], scenes: int | None = None) -> list[Captioned]:
     """The captions of the clips that `render_footage` renders of the same seeds."""
     found = []
     for seed in seeds:
-        take = draw_take(seed, FRAMES, SIZE, kind_of(seed)[0], None, 0.0, 1.0)
+        scene = None if scenes is None else scene_of(seed, scenes)
+        take = draw_take(seed, FRAMES, SIZE, kind_of(seed)[0], None, 0.0, 1.0, scene)
         words, moving = take.caption.split(), [body for body in take.scene.bodies if body.going]
         pace = next((word for word in ("slowly", "steadily", "fast") if word in words), "none")
         facts = {
@@ -40,3 +45,22 @@ def draw_captions(seeds: Sequence[int]) -> list[Captioned]:
         }
         found.append(Captioned(take.caption, facts))
     return found
+
+
+def seeds_of(first: int, count: int, scenes: int | None = None, unseen: bool = False) -> list[int]:
+    """The first `count` seeds from `first` on whose clips are for training, or (`unseen`) for nothing but tests.
+
+    Without `scenes` every seed is as good as another. With them each scene has one in `HELD_OUT` of the camera's
+    commands (motion and side) for tests, other scenes others: the model knows the scene and knows the command, and has
+    never seen them together.
+    """
+    if scenes is None:
+        return list(range(first, first + count))
+    found = (seed for seed in itertools.count(first) if _held_out(seed, scenes) == unseen)
+    return list(itertools.islice(found, count))
+
+
+def _held_out(seed: int, scenes: int) -> bool:
+    facts = draw_captions([seed], scenes)[0].facts
+    command = 2 * MOTIONS.index(facts["camera"]) + (facts["direction"] == "1")  # type: ignore[arg-type]
+    return (scene_of(seed, scenes) + command) % HELD_OUT == 0

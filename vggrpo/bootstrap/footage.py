@@ -19,14 +19,20 @@ JITTER = (0.0, 0.3, 0.0, 0.8)
 RENDERED_AT_ONCE = 16
 
 
-def render_footage(seeds: Sequence[int], motion: Motion | None = None) -> Iterator[UInt8[Tensor, "B 17 3 64 64"]]:
-    """The clips of `seeds`, some at a time, in order. Odd seeds have moving bodies; `JITTER` goes by pairs of seeds."""
+def render_footage(
+    seeds: Sequence[int], motion: Motion | None = None, scenes: int | None = None
+) -> Iterator[UInt8[Tensor, "B 17 3 64 64"]]:
+    """The clips of `seeds`, some at a time, in order. Odd seeds have moving bodies; `JITTER` goes by pairs of seeds.
+
+    Every clip has a scene of its own, or one of `scenes` (`scene_of`).
+    """
     for start in range(0, len(seeds), RENDERED_AT_ONCE):
         some = seeds[start : start + RENDERED_AT_ONCE]
         clips: dict[int, Tensor] = {}
         for kind in {kind_of(seed) for seed in some}:
             alike = [seed for seed in some if kind_of(seed) == kind]
-            video = make_clips(alike, dynamic=kind[0], jitter=kind[1], motion=motion).video
+            known = None if scenes is None else [scene_of(seed, scenes) for seed in alike]
+            video = make_clips(alike, dynamic=kind[0], jitter=kind[1], motion=motion, scenes=known).video
             clips |= dict(zip(alike, (255 * video).round().byte(), strict=True))
         yield torch.stack([clips[seed] for seed in some])
 
@@ -34,6 +40,11 @@ def render_footage(seeds: Sequence[int], motion: Motion | None = None) -> Iterat
 def kind_of(seed: int) -> tuple[bool, float]:
     """Whether bodies move in a clip, and how much the camera shakes."""
     return seed % 2 == 1, JITTER[seed // 2 % len(JITTER)]
+
+
+def scene_of(seed: int, scenes: int) -> int:
+    """Which of so many scenes a clip has; of every kind (`kind_of`) in turn."""
+    return seed // (2 * len(JITTER)) % scenes
 
 
 def cached_footage(path: Path, seeds: range) -> UInt8[Tensor, "N 17 3 64 64"]:
