@@ -1,35 +1,42 @@
-"""The prompts that ship: captions of the world whose camera moves. `python -m launch.prompts` writes them again.
+"""The prompts that ship: captions of the generator's scenes whose camera moves. `python -m launch.prompts` writes them.
 
 A camera that is told to stand still has nothing to be steadier at, and the motion floor would punish it for obeying.
 """
 
 import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from vggrpo.bootstrap.captions import draw_captions
+from vggrpo.bootstrap.captions import draw_captions, seeds_of
 
 FOLDER = Path("assets/prompts")
-FILES = {"train": (50_000_000, 64), "held_out": (51_000_000, 32)}
-"""Name: first seed, how many. The generator's own captions and the judges' have other seeds."""
+SCENES = 24
+"""Of the generator that ships: `launch/recipes/bootstrap/generator.yaml`."""
+FILES = {"train": (50_000_000, 64, False), "held_out": (51_000_000, 32, True)}
+"""Name: first seed, how many, and whether no training clip of the generator has that scene and command together."""
 
 
-def prompts(first_seed: int, count: int) -> list[str]:
-    """Captions of the first seeds whose camera moves."""
-    return list(itertools.islice(_moving(first_seed), count))
+def prompts(first_seed: int, count: int, unseen: bool) -> list[str]:
+    """Captions of the first seeds whose camera moves, each once."""
+    return list(itertools.islice(_moving(first_seed, unseen), count))
 
 
 def main() -> None:
     """Write every file."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, (first_seed, count) in FILES.items():
-        (FOLDER / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts(first_seed, count)))
+    for name, row in FILES.items():
+        (FOLDER / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts(*row)))
 
 
-def _moving(first_seed: int) -> Iterator[str]:
-    for seed in itertools.count(first_seed):
-        (caption,) = draw_captions([seed])
-        if caption.facts["camera"] != "static":
+def _moving(first_seed: int, unseen: bool) -> Iterator[str]:
+    """Without an order: neighbouring seeds share a scene."""
+    told = set()
+    seeds = seeds_of(first_seed, 16 * SCENES, SCENES, unseen)
+    random.Random(0).shuffle(seeds)
+    for caption in draw_captions(seeds, SCENES):
+        if caption.facts["camera"] != "static" and caption.text not in told:
+            told.add(caption.text)
             yield caption.text
 
 

@@ -69,8 +69,17 @@ class DataConfig:
             raise ValueError(f"frames must be 4 n + 1 (1, 5, ..., 17, ..., 81), got {self.frames}")
         if min(self.num_clips, self.every, self.height, self.width) < 1 or self.first_seed < 0:
             raise ValueError("num_clips, every, height and width must be >= 1, and first_seed >= 0")
+        if self.scenes is not None and self.scenes < 1:
+            raise ValueError(f"scenes must be None or >= 1, got {self.scenes}")
+        if self.scenes is None and self.unseen:
+            raise ValueError("unseen commands are those of shared scenes: give scenes")
         if self.videos is None and (self.frames, self.height, self.width, self.every) != (17, 64, 64, 1):
             raise ValueError("the world's clips have 17 frames of 64 x 64: leave frames, height, width and every alone")
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the world's clips."""
+        return seeds_of(self.first_seed, self.num_clips, self.scenes, self.unseen)
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,7 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
     """
     sources: list[Any] = []
     if config.videos is None:
-        sources = seeds_of(config.first_seed, config.num_clips, config.scenes, config.unseen)
+        sources = config.seeds
         captions = [caption.text for caption in draw_captions(sources, config.scenes)]
         names = sources
     else:

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from vggrpo.bootstrap.assets import read_card, save_json, sha256
 from vggrpo.bootstrap.generator_card import card_text, result_lines
 from vggrpo.bootstrap.generator_eval import (
-    HELD_OUT,
     Reader,
     Sampling,
     commands,
     decoded,
     draw_sheet,
     evaluate_generator,
+    held_out_seeds,
     sample_latents,
 )
 from vggrpo.bootstrap.training import Training
@@ -82,14 +82,15 @@ def publish_generator(training: Training, recipe: GeneratorRecipe, path: str, re
     folder = Path(recipe.asset)
     write_pipeline(training, folder, recipe.training.shift)
     data, held_out = recipe.training.data, recipe.training.held_out
+    judged = held_out_seeds(recipe.num_samples, data.scenes)
     card: dict[str, Any] = {
         "what": "WanPipeline, a caption of the world's grammar to 17 frames of 64 x 64",
         "command": f"vggrpo bootstrap generator {path}",
         "recipe": asdict(recipe),
         "seeds": {
-            "training": [data.first_seed, data.first_seed + data.num_clips - 1],
-            "curve": [held_out.first_seed, held_out.first_seed + held_out.num_clips - 1],
-            "held out": [HELD_OUT, HELD_OUT + recipe.num_samples - 1],
+            "training": [data.seeds[0], data.seeds[-1]],
+            "curve": [held_out.seeds[0], held_out.seeds[-1]],
+            "held out": [judged[0], judged[-1]],
         },
         "steps": training.step,
         "plans": training.plans,
@@ -101,9 +102,9 @@ def publish_generator(training: Training, recipe: GeneratorRecipe, path: str, re
     }
     save_json(folder / "card.json", card)
     pipe = load_generator(folder)
-    card["held_out"] = evaluate_generator(pipe, reader, recipe.num_samples, recipe.sampling)
+    card["held_out"] = evaluate_generator(pipe, reader, recipe.num_samples, recipe.sampling, data.scenes)
     save_json(folder / "card.json", card)
-    captions, _ = commands(range(HELD_OUT, HELD_OUT + 20))
+    captions, _ = commands(judged[:20], data.scenes)
     draw_sheet(decoded(pipe.vae, sample_latents(pipe, captions, recipe.sampling)), folder / PICTURE)
     (folder / "README.md").write_text(card_text(card, captions))
     return [f"wrote {folder}", *result_lines(card["held_out"])]

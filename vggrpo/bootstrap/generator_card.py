@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vggrpo.bootstrap.captions import HELD_OUT
+
 VERBS, SHARPNESS = 0.7, 0.2
 """Bars: share of captions whose camera is recovered; how far sharpness may be from the VAE's."""
 
@@ -64,7 +66,7 @@ Other 4n + 1 lengths and other sizes (multiples of 16) work, and were not traine
 **It is deliberately ordinary**: it was trained on footage as web video is, half of it with moving bodies and half of it
 with hand-held shake that no caption mentions. So half of what it samples should shake too: that is what reinforcement
 learning is to take out of it.
-
+{_known(training["data"]["scenes"])}
 ## What it does
 
 Sharpness does not ask whether what is sharp makes sense: look at the picture, too.
@@ -102,6 +104,17 @@ Flow loss on {training["held_out"]["num_clips"]} held-out clips, with their own 
 | file | sha256 |
 |---|---|
 """ + "".join(f"| {name} | {digest} |\n" for name, digest in card["sha256"].items())
+
+
+def _known(scenes: int | None) -> str:
+    if scenes is None:
+        return ""
+    return f"""
+**It knows {2 * scenes} scenes**, {scenes} with and {scenes} without moving bodies, each from many camera paths: a model
+of this size does not learn to invent new ones in hours of a CPU. One in {HELD_OUT} of the camera's commands (motion and
+side) of every scene was kept out of training, other ones in other scenes; held-out captions have those. Prompts that it
+can follow are in [prompts](../prompts/train.txt).
+"""
 
 
 def _thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geometry.world import MOTIONS
-from vggrpo.bootstrap.captions import draw_captions
+from vggrpo.bootstrap.captions import draw_captions, seeds_of
 from vggrpo.bootstrap.footage import render_footage
 from vggrpo.bootstrap.referee_publish import load_referee
 from vggrpo.bootstrap.text import TextStage, encode_prompts
@@ -105,9 +105,14 @@ def sharpness(video: Float[Tensor, "N T 3 H W"]) -> float:
     return sum(video.diff(dim=axis).square().mean().item() for axis in (-1, -2))
 
 
-def commands(seeds: Sequence[int]) -> tuple[list[str], list[Verb]]:
+def held_out_seeds(count: int, scenes: int | None, first: int = HELD_OUT) -> list[int]:
+    """Seeds of clips that no generator was trained on; in shared scenes the camera does what it never did there."""
+    return seeds_of(first, count, scenes, unseen=scenes is not None)
+
+
+def commands(seeds: Sequence[int], scenes: int | None = None) -> tuple[list[str], list[Verb]]:
     """Captions of seeds and what each tells the camera to do."""
-    drawn = draw_captions(seeds)
+    drawn = draw_captions(seeds, scenes)
     return [c.text for c in drawn], [(c.facts["camera"], int(c.facts["direction"])) for c in drawn]
 
 
@@ -126,7 +131,12 @@ def recovered(found: Sequence[Verb], told: Sequence[Verb]) -> dict[str, Any]:
 
 
 def evaluate_generator(
-    pipe: WanPipeline, reader: Reader, num_clips: int, sampling: Sampling, first_seed: int = HELD_OUT
+    pipe: WanPipeline,
+    reader: Reader,
+    num_clips: int,
+    sampling: Sampling,
+    scenes: int | None = None,
+    first_seed: int = HELD_OUT,
 ) -> dict[str, Any]:
     """Sharpness and obedience of `num_clips` samples of held-out captions, beside ceilings and controls.
 
@@ -134,13 +144,13 @@ def evaluate_generator(
     hand-held and has moving bodies as often as the training clips. Controls: the same samples against each other's
     captions; unconditional samples; for sharpness, the ceiling blurred by 3 x 3.
     """
-    seeds = range(first_seed, first_seed + num_clips)
-    captions, told = commands(seeds)
+    seeds = held_out_seeds(num_clips, scenes, first_seed)
+    captions, told = commands(seeds, scenes)
 
     def read_all(video: Float[Tensor, "N T 3 H W"]) -> list[Verb]:
         return [verb for some in video.split(AT_ONCE) for verb in reader(some)]
 
-    rendered = torch.cat(list(render_footage(seeds))).float() / 255
+    rendered = torch.cat(list(render_footage(seeds, scenes=scenes))).float() / 255
     ceiling = reconstruct(pipe.vae, rendered).clamp(0, 1)
     samples = decoded(pipe.vae, sample_latents(pipe, captions, sampling))
     free = decoded(pipe.vae, sample_latents(pipe, [""] * num_clips, sampling))
