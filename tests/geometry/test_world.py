@@ -245,9 +245,29 @@ def test_where_bodies_meet_a_pixel_is_the_mean_of_its_rays():
     assert gap.mean() < 0.01
 
 
+def test_clips_of_one_scene_differ_in_their_camera_alone():
+    clips = make_clips([5, 6, 7], motion="pan", scenes=[3, 3, 4])
+    assert torch.equal(clips.shot.room[0], clips.shot.room[1])
+    assert torch.equal(clips.shot.material[0], clips.shot.material[1])
+    assert not torch.equal(clips.shot.camera[0], clips.shot.camera[1])
+    assert not torch.equal(clips.shot.material[0], clips.shot.material[2])
+    assert clips.caption[0].partition("There are")[2] == clips.caption[1].partition("There are")[2]
+    alone = make_clip(6, motion="pan", scene=3)
+    assert torch.equal(alone.video, clips.video[1])
+    assert not torch.equal(alone.video, make_clip(6, motion="pan").video), "without a scene the seed draws its own"
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_known_scene_is_free_for_every_motion(motion):
+    clips = make_clips(range(8), motion=motion, scenes=range(8), dynamic=True, size=(16, 16))
+    assert torch.equal(clips.geometry.scene_flow.flatten(1).any(1), torch.ones(8, dtype=torch.bool))
+    assert clips.geometry.depth.min() > 0.1
+
+
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
+        ({"scene": -1}, "scenes must be 1 numbers >= 0"),
         ({"motion": "zoom"}, "motion must be None or one of static, pan"),
         ({"frames": 0}, "frames"),
         ({"size": (0, 64)}, "size"),

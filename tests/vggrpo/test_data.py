@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vggrpo import data
+from vggrpo.bootstrap.captions import draw_captions
 from vggrpo.bootstrap.footage import render_footage
 from vggrpo.data import DataConfig, Encoders, encode_clips, read_folder, read_prompts, read_video
 
@@ -171,9 +172,39 @@ def test_the_worlds_clips_come_with_their_captions(tmp_path):
     assert all(caption.startswith("The camera") for caption in found.captions)
 
 
+def test_training_never_sees_what_is_kept_for_tests():
+    """Of each scene some commands are kept; the model knows both, and never together."""
+    sizes = {"scenes": 6, "num_clips": 300}
+    known, kept = DataConfig(**sizes), DataConfig(first_seed=10_000, unseen=True, **sizes)
+
+    def told(config):
+        captions = draw_captions(config.seeds, 6)
+        return {(c.facts["camera"], c.facts["direction"], c.text.partition("There are")[2]) for c in captions}
+
+    seen, unseen = told(known), told(kept)
+    assert not seen & unseen
+    assert {scene for _, _, scene in seen} == {scene for _, _, scene in unseen}
+    assert {command[:2] for command in unseen} <= {command[:2] for command in seen}
+    assert len({command[:1] for command in unseen}) >= 8
+    leaked = told(replace(kept, unseen=False))
+    assert leaked & seen, "control: other seeds alone would keep nothing apart"
+
+
+def test_shared_scenes_are_another_cache(tmp_path):
+    counting = Counting()
+    config = DataConfig(num_clips=1, scenes=2, cache=str(tmp_path))
+    found = encode_clips(config, counting.encoders(), print)
+    video = torch.cat(list(render_footage([0], scenes=2))).float() / 255
+    assert torch.allclose(found.z0, counting.video(video), atol=1e-6)
+    other = encode_clips(replace(config, scenes=None), counting.encoders(), print)
+    assert not torch.equal(other.z0, found.z0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"scenes": 0}, "scenes must be None or >= 1"),
+        ({"unseen": True}, "give scenes"),
         ({"frames": 16, "videos": "x"}, r"4 n \+ 1 .* got 16"),
         ({"height": 32}, "have 17 frames"),
         ({"every": 0}, "every"),

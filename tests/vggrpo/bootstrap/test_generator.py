@@ -65,7 +65,7 @@ def published(recipe, training):
         return [("pan", 1)] * len(video)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generator, "commands", lambda seeds: (TEXTS, []))
+        patch.setattr(generator, "commands", lambda seeds, scenes: (TEXTS, []))
         patch.setattr(generator, "draw_sheet", lambda video, path: None)
         publish_generator(training, recipe, "recipe.yaml", read)
     return Path(recipe.asset)
