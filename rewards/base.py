@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from geometry.cameras import relative, so3_log
+from geometry.cameras import so3_log
 from geometry.types import Geometry
 
 RewardFn = Callable[[Geometry], Float[Tensor, "*batch"]]
@@ -27,10 +27,11 @@ def median_depth(scene: Geometry) -> Float[Tensor, "*batch"]:
     return depth.flatten(-3).nanmedian(dim=-1).values
 
 
-def steps(scene: Geometry) -> tuple[Float[Tensor, "*batch pairs 3"], Float[Tensor, "*batch pairs 3"]]:
-    """Velocity of the camera from frame to frame: c_{i+1} - c_i (world) and log(R_i^T R_{i+1}) (radians)."""
-    velocity = scene.c2w[..., 1:, :3, 3] - scene.c2w[..., :-1, :3, 3]
-    return velocity, so3_log(relative(scene.c2w)[..., :3, :3])
+def steps(scene: Geometry, stride: int = 1) -> tuple[Float[Tensor, "*batch pairs 3"], Float[Tensor, "*batch pairs 3"]]:
+    """What the camera does in `stride` frames: c_{i+s} - c_i (world) and log(R_i^T R_{i+s}) (radians)."""
+    before, after = scene.c2w[..., :-stride, :, :], scene.c2w[..., stride:, :, :]
+    turn = before[..., :3, :3].mT @ after[..., :3, :3]
+    return after[..., :3, 3] - before[..., :3, 3], so3_log(turn)
 
 
 def length(x: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch"]:

@@ -56,25 +56,43 @@ def motion_smoothness(scene: Geometry, *, floor: float = 0.06) -> Float[Tensor, 
     return (half[0] + half[1]) / 2
 
 
-def camera_motion(scene: Geometry) -> Float[Tensor, "*batch"]:
-    """Mean step of the camera: translation in median depths plus rotation in radians, per transition. NaN for T < 2."""
+def camera_motion(scene: Geometry, *, stride: int = 1) -> Float[Tensor, "*batch"]:
+    """Mean of how far the camera gets in `stride` frames: translation in median depths plus rotation in radians.
+
+    From frame to frame (1) shake counts as motion; over several frames it hardly does. A shorter clip is taken from its
+    first frame to its last. NaN for T < 2.
+
+    Raises:
+        ValueError: a geometry that breaks the conventions, or stride < 1.
+    """
     check_geometry(scene)
-    velocity, omega = steps(scene)
+    if stride < 1:
+        raise ValueError(f"stride must be >= 1, got {stride}")
+    velocity, omega = steps(scene, min(stride, max(scene.c2w.shape[-3] - 1, 1)))
     return (length(velocity) / median_depth(scene)[..., None] + length(omega)).mean(dim=-1)
 
 
-def camera_motion_floor(scene: Geometry, *, floor: float = 0.01) -> Float[Tensor, "*batch"]:
+def camera_motion_floor(
+    scene: Geometry, *, floor: float | Float[Tensor, "#*batch"] = 0.01, stride: int = 1
+) -> Float[Tensor, "*batch"]:
     """min(0, motion/floor - 1), in [-1, 0]: 0 for a camera that moves at least `floor`, -1 for a frozen one.
 
     The anti-freeze term (the hinge of WorldAlign, arXiv 2610.12382, made scale-free); motion is `camera_motion`. Unlike
     the others it says nothing about a camera that moves enough, so that it cannot be won by shaking.
 
+    Args:
+        scene: a clip or a batch of clips.
+        floor: one for all, or one for each clip, such as the motion that a model had before it was trained
+            (`vggrpo/base_motion.py`).
+        stride: frames over which motion is measured.
+
     Raises:
-        ValueError: a geometry that breaks the conventions, or floor <= 0.
+        ValueError: a geometry that breaks the conventions, floor <= 0 or stride < 1.
     """
-    if floor <= 0:
-        raise ValueError(f"floor must be > 0, got {floor}")
-    return (camera_motion(scene) / floor - 1).clamp(max=0)
+    lowest = float(torch.as_tensor(floor).min())
+    if not lowest > 0:
+        raise ValueError(f"floor must be > 0, got {lowest:g}")
+    return (camera_motion(scene, stride=stride) / floor - 1).clamp(max=0)
 
 
 def _jolt(step: Float[Tensor, "*batch pairs 3"], floor: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch inner"]:

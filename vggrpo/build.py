@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geometry.types import Geometry
 from rewards import DEFAULT, REWARDS, reprojection_consistency
+from vggrpo.base_motion import floor_of, measure_base_motion
 from vggrpo.config import Recipe, VideoConfig
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
@@ -73,7 +74,7 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold)
+    rewards: dict[str, RewardFn] = {**chosen_rewards(grpo.weights, video.dynamic_threshold)}
     prompts = read_prompts(video.prompts)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
@@ -99,6 +100,9 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
         parts = [lgm(some) for some in z0.flatten(0, 1).split(video.judged_at_once)]
         return concatenated(parts).map(lambda x: x.unflatten(0, z0.shape[:2]))
 
+    if video.motion_samples > 0 and "camera_motion_floor" in rewards:
+        motion = measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run)
+        rewards["camera_motion_floor"] = floor_of(motion, video.motion_kept)
     return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
 
 

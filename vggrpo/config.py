@@ -185,6 +185,11 @@ class VideoConfig:
     dynamic_threshold: float = 0.06
     """Scene flow, in median depths, from which on a point counts as moving and is left out of the reprojection reward.
     The reward's own 0.004 is for exact geometry: estimated flow explains wobble as motion (launch/LOG.md)."""
+    motion_samples: int = 0
+    """Videos of each prompt, made before training, whose mean camera motion is that prompt's floor in
+    `camera_motion_floor`; 0: the reward's own floor for all prompts."""
+    motion_kept: float = 1.0
+    """Share of that motion from which on a video moves enough."""
     judged_at_once: int = 4
     """Videos that the latent geometry model sees together."""
 
@@ -198,6 +203,8 @@ class VideoConfig:
             _require(side >= 16 and side % 16 == 0, f"{name} must be a multiple of 16, got {side}")
         _require(self.dynamic_threshold > 0, f"dynamic_threshold must be > 0, got {self.dynamic_threshold:g}")
         _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
+        _require(self.motion_samples >= 0, f"motion_samples must be >= 0, got {self.motion_samples}")
+        _require(self.motion_kept > 0, f"motion_kept must be > 0, got {self.motion_kept:g}")
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,8 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
     sources: list[Any] = []
     if config.videos is None:
         sources = config.seeds
-        captions = [caption.text for caption in draw_captions(sources, config.scenes)]
-        names = sources
+        captions = [caption.text for caption in draw_captions(config.seeds, config.scenes)]
+        names: list[Any] = sources
     else:
         listed = read_folder(config)
         sources, captions = list(listed), list(listed.values())

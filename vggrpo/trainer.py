@@ -18,7 +18,16 @@ from vggrpo.types import Condition, Policy, Replay, Rollout
 
 GeometryFn = Callable[[Tensor], Any]
 """Samples [B K *latent] -> scene: a latent geometry model; no VAE decode."""
-RewardFn = Callable[[Any], Tensor]
+
+
+class OfCondition(NamedTuple):
+    """A reward that must know what was asked for."""
+
+    reward: Callable[[Any, Condition], Tensor]
+    """Scene and its B conditions -> [B K]."""
+
+
+RewardFn = Callable[[Any], Tensor] | OfCondition
 """Scene -> [B K]; bigger is better, NaN is 'cannot be scored'."""
 
 
@@ -106,7 +115,10 @@ def score(rewards: Mapping[str, RewardFn], scene: Any, rollout: Rollout) -> dict
     Raises:
         ValueError: a reward that is not one number per sample, by name.
     """
-    reward = {name: fn(scene) for name, fn in rewards.items()}
+    reward = {
+        name: fn.reward(scene, rollout.cond) if isinstance(fn, OfCondition) else fn(scene)
+        for name, fn in rewards.items()
+    }
     for name, r in reward.items():
         if r.shape != rollout.z0.shape[:2]:
             raise ValueError(f"reward {name!r} must be [B K] = {list(rollout.z0.shape[:2])}, got {list(r.shape)}")

@@ -167,9 +167,10 @@ def make_clips(
         raise ValueError(f"jitter must be >= 0 and texture_scale > 0, got {jitter} and {texture_scale}")
     if scenes is not None and (len(scenes) != len(seeds) or min(scenes) < 0):
         raise ValueError(f"scenes must be {len(seeds)} numbers >= 0, one for each seed, got {list(scenes)}")
+    numbers: Sequence[int | None] = [None] * len(seeds) if scenes is None else scenes
     takes = [
         draw_take(seed, frames, size, dynamic, motion, jitter, texture_scale, scene)
-        for seed, scene in zip(seeds, scenes or [None] * len(seeds), strict=True)
+        for seed, scene in zip(seeds, numbers, strict=True)
     ]
     return _clip(takes, size, supersample, torch.device("cpu") if device is None else torch.device(device))
 

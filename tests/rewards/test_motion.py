@@ -106,6 +106,23 @@ def test_camera_motion_floor_is_a_hinge():
     assert camera_motion_floor(turning, floor=0.01) == pytest.approx(-0.5, abs=1e-3)
 
 
+def test_over_several_frames_shake_is_no_motion():
+    path, shake = line(17, (0.02, 0, 0)), 0.02 * torch.randn(17, 3, generator=torch.Generator().manual_seed(0))
+    smooth, shaken, trembling = walk(path), walk(path + shake), walk(shake)
+    assert camera_motion(shaken) > 1.8 * camera_motion(smooth)
+    assert camera_motion(smooth, stride=8) == pytest.approx(8 * float(camera_motion(smooth)), rel=1e-4)
+    assert camera_motion(shaken, stride=8) == pytest.approx(float(camera_motion(smooth, stride=8)), rel=0.15)
+    assert camera_motion(trembling) > camera_motion(smooth), "the control: from frame to frame, shake wins"
+    assert camera_motion(trembling, stride=8) < 0.5 * camera_motion(smooth, stride=8)
+    assert camera_motion(walk(path[:5]), stride=8) == camera_motion(walk(path[:5]), stride=4)
+
+
+def test_every_clip_can_have_a_floor_of_its_own():
+    scene = walk(line(9, (0.02, 0, 0)), depth=2.0).map(lambda x: torch.stack([x, x]))
+    floors = torch.tensor([0.005, 0.02])
+    assert camera_motion_floor(scene, floor=floors).tolist() == pytest.approx([0.0, -0.5], abs=1e-3)
+
+
 def test_gradients_agree_with_finite_differences():
     generator = torch.Generator().manual_seed(0)
     position = 0.1 * torch.randn(6, 3, dtype=torch.float64, generator=generator)
@@ -154,3 +171,7 @@ def test_bad_arguments_are_named():
         motion_smoothness(scene, floor=-1.0)
     with pytest.raises(ValueError, match="floor must be > 0"):
         camera_motion_floor(scene, floor=0.0)
+    with pytest.raises(ValueError, match="floor must be > 0, got -1"):
+        camera_motion_floor(scene, floor=torch.tensor(-1.0))
+    with pytest.raises(ValueError, match="stride must be >= 1"):
+        camera_motion(scene, stride=0)

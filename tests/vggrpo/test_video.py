@@ -1,6 +1,7 @@
 """The embedded video model is trained, sampled, scored and evaluated by the commands that a user types."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,19 @@ def tuned(tmp_path_factory):
     assert cli.main(["train", RECIPE, *SMALL, "grpo.num_iterations=2", "optimizer.lr=0.05", f"out={folder}"]) == 0
     patch.undo()
     return folder
+
+
+def test_prompts_can_be_held_to_the_base_models_own_motion(tmp_path):
+    two = tmp_path / "two.txt"
+    two.write_text("\n".join(prompts(*FILES["train"])[:2]))
+    recipe = load_recipe(RECIPE, [*SMALL, f"video.prompts={two}", "video.motion_samples=2"])
+    parts = build(recipe)
+    told = parts.rewards["camera_motion_floor"]
+    rollout = parts.policy.rollout(next(parts.conditions), 3, parts.run.streams(0, 0))
+    scene = parts.geometry(rollout.z0)
+    frozen = replace(scene, c2w=scene.c2w[:, :, :1].expand_as(scene.c2w))
+    assert told.reward(frozen, rollout.cond).tolist() == [[-1, -1, -1]]
+    assert told.reward(scene, rollout.cond).min() > -1
 
 
 def test_a_pre_flight_of_the_shipped_recipe_finds_nothing_wrong():

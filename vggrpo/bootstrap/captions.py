@@ -62,5 +62,5 @@ def seeds_of(first: int, count: int, scenes: int | None = None, unseen: bool = F
 
 def _held_out(seed: int, scenes: int) -> bool:
     facts = draw_captions([seed], scenes)[0].facts
-    command = 2 * MOTIONS.index(facts["camera"]) + (facts["direction"] == "1")  # type: ignore[arg-type]
+    command = 2 * MOTIONS.index(facts["camera"]) + (facts["direction"] == "1")
     return (scene_of(seed, scenes) + command) % HELD_OUT == 0

@@ -1,0 +1,57 @@
+"""How far the camera gets for each prompt before training: the floor that a tuned model is held to.
+
+A steadier camera is easily had by moving less. A constant floor sees that for slow prompts only; the base model's own
+motion under the same prompt sees it for all (the dead zone of the motion hinge in the field's guards).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from geometry.types import Geometry
+from rewards import camera_motion, camera_motion_floor
+from vggrpo.runtime import Run
+from vggrpo.trainer import GeometryFn, OfCondition
+from vggrpo.types import Condition, Policy, Streams
+
+STRIDE = 8
+"""Frames over which motion is measured: from frame to frame, shake would count."""
+STILL = 1e-3
+"""Motion below which a prompt's camera counts as standing still, in `camera_motion`'s units: nothing is asked of it."""
+
+
+@torch.no_grad()
+def measure_base_motion(
+    policy: Policy, geometry: GeometryFn, prompts: Sequence[str], samples: int, seed: int, run: Run
+) -> dict[str, float]:
+    """Mean of `camera_motion` over `samples` videos of each prompt, by the policy as it is now; ranks share the work.
+
+    Raises:
+        ValueError: a prompt none of whose videos has a finite motion.
+    """
+    accelerator = run.accelerator
+    ranks, every = accelerator.num_processes, list(dict.fromkeys(prompts))
+    found: list[tuple[str, float]] = []
+    for i in range(math.ceil(len(every) / ranks)):  # as many rollouts on one rank as on another
+        prompt = every[(i * ranks + accelerator.process_index) % len(every)]
+        rollout = policy.rollout(Condition([prompt]), samples, Streams(seed, i, first_prompt=10**6))
+        found.append((prompt, float(camera_motion(geometry(rollout.z0), stride=STRIDE).nanmean())))
+    motion = dict(gather_object(found))
+    for prompt, value in motion.items():
+        if not math.isfinite(value):
+            raise ValueError(f"no video of {prompt!r} has a camera motion: check the geometry model on this prompt")
+    return motion
+
+
+def floor_of(motion: dict[str, float], share: float) -> OfCondition:
+    """`camera_motion_floor` with a share of each prompt's own `motion` as the floor."""
+
+    def reward(scene: Geometry, cond: Condition) -> Tensor:
+        floor = scene.depth.new_tensor([share * motion[prompt] for prompt in cond.prompt])[:, None]
+        enough = camera_motion_floor(scene, floor=floor.clamp(min=STILL), stride=STRIDE)
+        return enough.where(floor > STILL, torch.zeros_like(enough))
+
+    return OfCondition(reward)
