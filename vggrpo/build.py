@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from geometry.types import Geometry
 from rewards import DEFAULT, REWARDS, reprojection_consistency
+from vggrpo.checkpoint import restore_weights
 from vggrpo.config import Recipe, VideoConfig
+from vggrpo.launch import start
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
@@ -36,34 +38,45 @@ class Parts(NamedTuple):
     run: Run
 
 
-def build(recipe: Recipe, accelerator: Accelerator | None = None) -> Parts:
+def build(recipe: Recipe, accelerator: Accelerator | None = None, weights: Mapping[str, Tensor] | None = None) -> Parts:
     """The parts of a run under this launch.
 
+    Args:
+        weights: what a checkpoint says of the trained weights. They come before the launch wraps the network, for an
+            engine may keep copies, or parts.
+
     Raises:
-        ValueError: a batch that the ranks cannot share, a reward or prompt that is not known, a file that is missing or
-            not what its card says.
+        ValueError: a launch that is not what was asked for, a batch that the ranks cannot share, a reward or prompt
+            that is not known, a file that is missing or not what its card says, weights of another network.
     """
+    accelerator = accelerator or start(recipe.launch, cpu=recipe.video is None)
     if recipe.video is not None:
-        return _video(recipe, recipe.video, accelerator or Accelerator())
-    return _mixture(recipe, accelerator or Accelerator(cpu=True))
+        return _video(recipe, recipe.video, accelerator, weights)
+    return _mixture(recipe, accelerator, weights)
 
 
-def _mixture(recipe: Recipe, accelerator: Accelerator) -> Parts:
+def _mixture(recipe: Recipe, accelerator: Accelerator, weights: Mapping[str, Tensor] | None) -> Parts:
     """The embedded mixture; on the CPU, for it is two-dimensional."""
     grpo, mixture = recipe.grpo, recipe.mixture
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
     torch.manual_seed(grpo.seed)
     network = MixtureFlow(mixture.width)
-    reference = frozen_copy(network) if grpo.beta > 0 else None
-    network, optimizer = run.prepare(network, _adamw(network, recipe))
+    reference = frozen_copy(network).to(accelerator.device) if grpo.beta > 0 else None
+    if weights is not None:
+        restore_weights(network, weights)
+    network, optimizer = run.prepare(network, _adamw(network, recipe), grpo.max_grad_norm)
     encode_modes(Condition([*mixture.prompts, recipe.sampling.negative_prompt]))
     reward = partial(nearness, mixture.wanted)
     reward(torch.zeros(2))
-    policy = FlowPolicy(network, encode_modes, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
+
+    def encode(cond: Condition) -> Tensor:
+        return encode_modes(cond).to(accelerator.device)
+
+    policy = FlowPolicy(network, encode, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
     return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
 
 
-def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Parts:
+def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights: Mapping[str, Tensor] | None) -> Parts:
     """A Wan with LoRA, judged by a latent geometry model. Neither VAE nor text encoder stays."""
     from vggrpo.data import read_prompts
     from vggrpo.policy.lora import add_lora
@@ -80,11 +93,13 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
     transformer = load_transformer(folder)
     add_lora(transformer, video.lora)
     network: nn.Module = WanVelocity(transformer).to(device)
+    if weights is not None:
+        restore_weights(network, weights)
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae").to(device)
     encode = cached_prompts(
-        load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt]
+        load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt], device
     )
-    network, optimizer = run.prepare(network, _adamw(network, recipe))
+    network, optimizer = run.prepare(network, _adamw(network, recipe), grpo.max_grad_norm)
     policy = FlowPolicy(
         network,
         encode,

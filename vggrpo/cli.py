@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    train.set_defaults(run=lambda args: train_recipe(args.recipe, args.overrides, resume=args.resume))
+    train.add_argument(
+        "--accelerate", metavar="NAME", help="start it by `accelerate launch`: ddp, zero2, zero3, fsdp2, multi_node"
+    )
+    for flag in LAUNCH_FLAGS:
+        train.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
+    train.set_defaults(run=_train)
     for name, flagged in FLAGGED.items():
         commands.add_parser(name, help=flagged.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
@@ -54,7 +60,9 @@ def _told(action: Callable[[], int]) -> int:
     try:
         return action()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"vggrpo: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or not isinstance(error, ValueError):  # bad input is the same on every rank, and is said once
+            print(f"vggrpo{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         return 2
 
 
@@ -72,24 +80,36 @@ def check_recipe(path: str, overrides: Sequence[str]) -> int:
 
 def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
     """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
+    from vggrpo.launch import described
     from vggrpo.session import Session
+    from vggrpo.sharded import restore_moments, whole_moments, whole_weights
     from vggrpo.signals import STATUS, Interrupted, Signals
     from vggrpo.trainer import train
 
     recipe = load_recipe(path, overrides)
-    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
+    session = Session(recipe, writes=int(os.environ.get("RANK", 0)) == 0)
+    found = session.find(resume=resume)
+    weights = None if found is None else found.tensors["weights"]
+    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe, weights=weights)
     bare, main = run.accelerator.unwrap_model(network), run.accelerator.is_main_process
-    session = Session(recipe, writes=main)
-    first = done = session.begin(bare, optimizer, resume=resume, num_processes=run.accelerator.num_processes)
+    if found is not None:
+        restore_moments(bare, optimizer, found.tensors["optimizer"], run.engine)
+    first = done = 0 if found is None else int(found.state["iteration"])
+    session.begin(first, {"num_processes": run.accelerator.num_processes, "engine": run.engine})
+    if main:
+        print(described(run.accelerator), file=sys.stderr)
     todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
     boundary = 0  # updates made when iteration `done` was to begin: only there can a run be left and taken up
 
     def keep() -> None:
-        session.save(done, bare, optimizer)
+        parts = {"weights": whole_weights(bare, run.engine)}
+        parts["optimizer"] = whole_moments(bare, optimizer, run.engine, run.updates)
+        session.save(done, parts)
         if recipe.video is not None and main:
             from vggrpo.policy.lora import save_lora
 
-            save_lora(bare.transformer, session.folder)
+            own = {name.removeprefix("transformer."): value for name, value in parts["weights"].items()}
+            save_lora(bare.transformer, session.folder, own)
 
     def poll(*_: Any) -> None:
         if run.accelerator.num_processes == 1 and run.updates == boundary:
@@ -116,6 +136,18 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -
             session.close()
     keep()
     return 0
+
+
+def launch_recipe(name: str, flags: Sequence[str], path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+    """`vggrpo train` by `accelerate launch`, in this process's place; what can be seen to be wrong is said before."""
+    from vggrpo.launch import command, configuration, num_processes
+    from vggrpo.runtime import share_of
+
+    recipe = load_recipe(path, overrides)
+    share_of(0, num_processes(configuration(name)[1], flags), recipe.grpo.num_prompts, recipe.grpo.group_size)
+    words = command(name, ["train", path, *overrides, *["--resume"] * resume], flags)
+    sys.stdout.flush()
+    os.execv(words[0], words)
 
 
 def sft_recipe(path: str, overrides: Sequence[str]) -> int:
@@ -208,6 +240,15 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def _train(args: argparse.Namespace) -> int:
+    flags = [word for flag in LAUNCH_FLAGS if (value := getattr(args, flag[2:])) is not None for word in (flag, value)]
+    if args.accelerate is not None:
+        return launch_recipe(args.accelerate, flags, args.recipe, args.overrides, resume=args.resume)
+    if flags:
+        raise ValueError(f"{flags[0]} is for accelerate: give --accelerate NAME with it")
+    return train_recipe(args.recipe, args.overrides, resume=args.resume)
+
+
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
     command.add_argument("recipe", help=f"YAML, such as {example}")
@@ -216,5 +257,6 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
 
 
 COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
+LAUNCH_FLAGS = ("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port")
 FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "score": score, "evaluate": evaluate}
 """Commands whose flags are the fields of a dataclass."""

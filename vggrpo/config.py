@@ -201,6 +201,22 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """What the launch must turn out to be; `launch.py` refuses any other. `--accelerate NAME` fills it in."""
+
+    num_processes: int | None = None
+    """Of all machines together; None is any number."""
+    engine: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] | None = None
+    """What joins them; None is any."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_processes is None or self.num_processes >= 1,
+            f"num_processes must be >= 1, got {self.num_processes}",
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of a run: of a video model where `video` is given, of the two-dimensional mixture where it is not."""
 
@@ -216,6 +232,7 @@ class Recipe:
     sampling: SamplingConfig = SamplingConfig()
     grpo: GrpoConfig = GrpoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
         _require(min(self.checkpoint_every, self.keep) >= 1, "checkpoint_every and keep must be >= 1")

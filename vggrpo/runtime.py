@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from vggrpo.launch import engine_of
 from vggrpo.types import Condition, Streams
 
 
@@ -61,16 +62,28 @@ class Run:
 
     def __init__(self, accelerator: Accelerator, num_prompts: int, group_size: int, max_skipped: int = 0) -> None:
         """Raises ValueError where the batch cannot be shared by the ranks (see `share_of`)."""
-        self.accelerator = accelerator
+        self.accelerator, self.engine = accelerator, engine_of(accelerator)
         self.num_prompts, self.max_skipped = num_prompts, max_skipped
         self.updates = self.skipped = 0  # made since the start of this process; left out in a row, up to now
         self.share = share_of(accelerator.process_index, accelerator.num_processes, num_prompts, group_size)
         self.num_members = self.share.members.stop - self.share.members.start
 
-    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Network and optimiser as this launch needs them (DDP, ...). The trained network must be called through it."""
-        prepared: tuple[Any, Any] = self.accelerator.prepare(network, optimizer)
-        return prepared
+    def prepare(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float = math.inf
+    ) -> tuple[Any, Any]:
+        """Network and optimiser as this launch needs them (DDP, ...). The trained network must be called through it.
+
+        Args:
+            max_grad_norm: what `clip_and_step` will be asked for; DeepSpeed must know it beforehand.
+        """
+        if self.engine.startswith("zero"):
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+            self._trained = [weight for weight in network.parameters() if weight.requires_grad]
+        wrapped, stepped = self.accelerator.prepare(network, optimizer)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            # Buffers are constants; to broadcast them at every forward pass would make ranks wait for each other.
+            wrapped.broadcast_buffers = False
+        return wrapped, stepped
 
     def mine(self, cond: Condition) -> Condition:
         """This rank's prompts of the global batch `cond`.
@@ -95,13 +108,18 @@ class Run:
         """This rank's part of a global tensor: the inverse of `gather`."""
         return value[self.share.prompts, self.share.members]
 
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradient, averaged over the ranks.
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add this micro-batch's gradient, averaged over the ranks; after the `last` one comes `clip_and_step`.
 
         DDP sends at every call. To send once per update it would have to know the last chunk before its forward pass,
         and LoRA's gradients are small next to a video model's backward.
         """
-        self.accelerator.backward(loss)
+        if self.engine.startswith("zero"):  # accelerate's own backward would step at every call
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            engine.set_gradient_accumulation_boundary(last)
+            engine.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def any(self, happened: bool) -> bool:
         """Whether it happened on any rank: all of them must ask."""
@@ -116,8 +134,11 @@ class Run:
         A gradient that is not finite, which all ranks see alike, is cleared and leaves the parameters as they were.
 
         Raises:
-            FloatingPointError: that happened more than `max_skipped` times in a row.
+            FloatingPointError: that happened more than `max_skipped` times in a row; under DeepSpeed, which cannot be
+                told to forget a gradient, at all.
         """
+        if self.engine.startswith("zero"):
+            return self._deepspeed_step()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(self.accelerator.clip_grad_norm_(params, max_grad_norm))
         if math.isfinite(norm):
@@ -131,6 +152,21 @@ class Run:
                 f"the gradient norm is {norm}, and no update could be made {self.skipped} times in a row: "
                 "lower optimizer.lr, or look at the rewards that became infinite or NaN"
             )
+        return norm
+
+    def _deepspeed_step(self) -> float:
+        """DeepSpeed clips and clears by itself, but in fp32 it would also step along a gradient that is not finite."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = [safe_get_full_grad(weight) for weight in self._trained]
+        norm = float(torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None]).norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: go on from the newest checkpoint with a lower optimizer.lr, or under "
+                "ddp, which leaves such updates out"
+            )
+        self.accelerator.deepspeed_engine_wrapped.engine.step()
+        self.updates += 1
         return norm
 
     def _gather(self, value: Tensor) -> Tensor:
