@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
+    plan = commands.choices["plan"]
+    plan.add_argument("--no-step", action="store_true", help="formulas only: no model is loaded")
+    plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step))
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.add_argument(
@@ -76,6 +79,19 @@ def check_recipe(path: str, overrides: Sequence[str]) -> int:
     if parts.run.accelerator.is_main_process:
         print(*report.lines(), sep="\n")
     return 1 if report.problems else 0
+
+
+def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True) -> int:
+    """What a recipe will cost, by formulas; then one iteration without its update, measured."""
+    from vggrpo.plan import planned, share, stepped
+
+    recipe = load_recipe(path, overrides)
+    print(*planned(recipe), sep="\n", flush=True)
+    if not step:
+        return 0
+    lines, problems = stepped(share(recipe))
+    print(*lines, sep="\n")
+    return 1 if problems else 0
 
 
 def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
@@ -256,7 +272,9 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command.set_defaults(run=lambda args: action(args.recipe, args.overrides))
 
 
-COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
+COMMANDS: dict[str, Action] = {
+    "check": check_recipe, "plan": plan_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe,
+}  # fmt: skip
 LAUNCH_FLAGS = ("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port")
 FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "score": score, "evaluate": evaluate}
 """Commands whose flags are the fields of a dataclass."""
