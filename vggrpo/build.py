@@ -3,16 +3,14 @@
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from geometry.types import Geometry
 from rewards import DEFAULT, REWARDS, reprojection_consistency
 from vggrpo.checkpoint import restore_weights
 from vggrpo.config import Recipe, VideoConfig
@@ -20,6 +18,7 @@ from vggrpo.launch import start
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
+from vggrpo.scenes import Scenes
 from vggrpo.trainer import GeometryFn, RewardFn
 from vggrpo.types import Condition
 
@@ -72,7 +71,9 @@ def _mixture(recipe: Recipe, accelerator: Accelerator, weights: Mapping[str, Ten
     def encode(cond: Condition) -> Tensor:
         return encode_modes(cond).to(accelerator.device)
 
-    policy = FlowPolicy(network, encode, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
+    policy = FlowPolicy(
+        network, encode, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm", agree=run.agree
+    )
     return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
 
 
@@ -107,13 +108,10 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights
         recipe.sampling,
         lora_off(network) if grpo.beta > 0 else None,
         keep_means=grpo.ratio == "norm",
+        agree=run.agree,
     )
 
-    def geometry(z0: Tensor) -> Geometry:
-        """[B K *latent] -> scene, some videos at a time."""
-        parts = [lgm(some) for some in z0.flatten(0, 1).split(video.judged_at_once)]
-        return concatenated(parts).map(lambda x: x.unflatten(0, z0.shape[:2]))
-
+    geometry = Scenes(lgm, video.judged_at_once, run.agree)
     return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
 
 
@@ -132,14 +130,6 @@ def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
     estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
     return {name: estimated.get(name, REWARDS[name]) for name in weights}
-
-
-def concatenated(scenes: Sequence[Geometry]) -> Geometry:
-    """Geometries of clips, one after the other along their first axis."""
-    first = scenes[0]
-    names = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
-    joined: dict[str, Any] = {name: torch.cat([getattr(scene, name) for scene in scenes]) for name in names}
-    return replace(first, **joined)
 
 
 def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:

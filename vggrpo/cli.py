@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vggrpo.bootstrap.commands import STAGES, bootstrap_eval
 from vggrpo.build import build
 from vggrpo.check import check
 from vggrpo.recipe import load_recipe, read_recipe
+from vggrpo.trainer import RewardFn
 
 Action = Callable[..., int]
 """What a command does with the path of a recipe, what is said on top of it, and flags; the exit status comes back."""
@@ -62,6 +64,13 @@ def _told(action: Callable[[], int]) -> int:
     """The status of an action; what it raises is one line."""
     try:
         return action()
+    except torch.OutOfMemoryError as error:
+        print(
+            f"vggrpo: out of memory ({str(error).splitlines()[0]}): lower sampling.micro_batch, or turn on "
+            "sampling.gradient_checkpointing",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", 0))
         if rank == 0 or not isinstance(error, ValueError):  # bad input is the same on every rank, and is said once
@@ -115,7 +124,6 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -
     if main:
         print(described(run.accelerator), file=sys.stderr)
     todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
-    boundary = 0  # updates made when iteration `done` was to begin: only there can a run be left and taken up
 
     def keep() -> None:
         parts = {"weights": whole_weights(bare, run.engine)}
@@ -128,15 +136,25 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -
             save_lora(bare.transformer, session.folder, own)
 
     def poll(*_: Any) -> None:
-        if run.accelerator.num_processes == 1 and run.updates == boundary:
+        """Where a single process can be left: at every forward pass. Several agree after every micro-batch."""
+        if run.accelerator.num_processes == 1 and run.updates == run.boundary:
             signals.poll()
 
+    def polled(reward: RewardFn) -> RewardFn:
+        def judged(scene: Any) -> Tensor:
+            run.agree()
+            return reward(scene)
+
+        return judged
+
+    rewards = {name: polled(reward) for name, reward in rewards.items()}
     with Signals() as signals:
+        run.asked_to_stop = lambda: signals.received is not None
         watched = bare.register_forward_pre_hook(poll)
         try:
             for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo, first):
                 if "grad_norm" in numbers:
-                    done, boundary = int(numbers["step"]) + 1, run.updates
+                    done, run.boundary = int(numbers["step"]) + 1, run.updates
                 session.note(numbers)
                 if main:
                     print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from vggrpo.launch import engine_of
+from vggrpo.signals import Interrupted
 from vggrpo.types import Condition, Streams
 
 
@@ -66,6 +67,8 @@ class Run:
         self.num_prompts, self.max_skipped = num_prompts, max_skipped
         self.updates = self.skipped = 0  # made since the start of this process; left out in a row, up to now
         self.share = share_of(accelerator.process_index, accelerator.num_processes, num_prompts, group_size)
+        self.boundary = 0  # updates made when this iteration began: only there can a run be left and taken up
+        self.asked_to_stop: Callable[[], bool] = lambda: False
         self.num_members = self.share.members.stop - self.share.members.start
 
     def prepare(
@@ -111,9 +114,12 @@ class Run:
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add this micro-batch's gradient, averaged over the ranks; after the `last` one comes `clip_and_step`.
 
+        A run that was asked to stop can be left here (`agree`).
+
         DDP sends at every call. To send once per update it would have to know the last chunk before its forward pass,
         and LoRA's gradients are small next to a video model's backward.
         """
+        self.agree()
         if self.engine.startswith("zero"):  # accelerate's own backward would step at every call
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             engine.set_gradient_accumulation_boundary(last)
@@ -127,6 +133,19 @@ class Run:
             return happened
         told = self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device))
         return bool(told > 0)
+
+    def agree(self, failed: bool = False) -> bool:
+        """Whether anything failed, on any rank: all of them must ask, after every micro-batch.
+
+        Raises:
+            Interrupted: on all ranks, if any of them was asked to stop and the iteration has not changed the weights.
+        """
+        told = torch.tensor([failed, self.updates == self.boundary and self.asked_to_stop()], dtype=torch.float32)
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.reduce(told.to(self.accelerator.device))
+        if told[1] > 0:
+            raise Interrupted
+        return bool(told[0] > 0)
 
     def clip_and_step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
         """One optimiser step on the gathered gradient, which is then cleared. Returns its norm before clipping.
