@@ -1,20 +1,17 @@
 """The command line: what each command does, in the words of the modules that do it."""
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vggrpo.bootstrap.commands import STAGES, bootstrap_eval
 from vggrpo.build import build
 from vggrpo.check import check
 from vggrpo.recipe import load_recipe, read_recipe
-from vggrpo.trainer import RewardFn
 
 Action = Callable[..., int]
 """What a command does with the path of a recipe, what is said on top of it, and flags; the exit status comes back."""
@@ -105,71 +102,9 @@ def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True) -> in
 
 def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
     """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
-    from vggrpo.launch import described
-    from vggrpo.session import Session
-    from vggrpo.sharded import restore_moments, whole_moments, whole_weights
-    from vggrpo.signals import STATUS, Interrupted, Signals
-    from vggrpo.trainer import train
+    from vggrpo.training import Training
 
-    recipe = load_recipe(path, overrides)
-    session = Session(recipe, writes=int(os.environ.get("RANK", 0)) == 0)
-    found = session.find(resume=resume)
-    weights = None if found is None else found.tensors["weights"]
-    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe, weights=weights)
-    bare, main = run.accelerator.unwrap_model(network), run.accelerator.is_main_process
-    if found is not None:
-        restore_moments(bare, optimizer, found.tensors["optimizer"], run.engine)
-    first = done = 0 if found is None else int(found.state["iteration"])
-    session.begin(first, {"num_processes": run.accelerator.num_processes, "engine": run.engine})
-    if main:
-        print(described(run.accelerator), file=sys.stderr)
-    todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
-
-    def keep() -> None:
-        parts = {"weights": whole_weights(bare, run.engine)}
-        parts["optimizer"] = whole_moments(bare, optimizer, run.engine, run.updates)
-        session.save(done, parts)
-        if recipe.video is not None and main:
-            from vggrpo.policy.lora import save_lora
-
-            own = {name.removeprefix("transformer."): value for name, value in parts["weights"].items()}
-            save_lora(bare.transformer, session.folder, own)
-
-    def poll(*_: Any) -> None:
-        """Where a single process can be left: at every forward pass. Several agree after every micro-batch."""
-        if run.accelerator.num_processes == 1 and run.updates == run.boundary:
-            signals.poll()
-
-    def polled(reward: RewardFn) -> RewardFn:
-        def judged(scene: Any) -> Tensor:
-            run.agree()
-            return reward(scene)
-
-        return judged
-
-    rewards = {name: polled(reward) for name, reward in rewards.items()}
-    with Signals() as signals:
-        run.asked_to_stop = lambda: signals.received is not None
-        watched = bare.register_forward_pre_hook(poll)
-        try:
-            for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo, first):
-                if "grad_norm" in numbers:
-                    done, run.boundary = int(numbers["step"]) + 1, run.updates
-                session.note(numbers)
-                if main:
-                    print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-                if done and done == numbers["step"] + 1 and done % recipe.checkpoint_every == 0:
-                    keep()
-                if run.any(signals.received is not None):
-                    raise Interrupted
-        except Interrupted:
-            keep()
-            return STATUS
-        finally:
-            watched.remove()
-            session.close()
-    keep()
-    return 0
+    return Training(load_recipe(path, overrides), resume=resume).go()
 
 
 def launch_recipe(name: str, flags: Sequence[str], path: str, overrides: Sequence[str], *, resume: bool = False) -> int:

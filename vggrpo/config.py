@@ -133,6 +133,12 @@ class OptimizerConfig:
     """The paper's."""
     weight_decay: float = 1e-4
     """The paper's."""
+    ema: float | None = None
+    """Decay, at every iteration with an update, of an average of the trained weights that is kept and exported beside
+    them; None is no average."""
+
+    def __post_init__(self) -> None:
+        _require(self.ema is None or 0 < self.ema < 1, f"ema must be in (0, 1), got {self.ema}")
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,10 @@ class VideoConfig:
     The reward's own 0.004 is for exact geometry: estimated flow explains wobble as motion (launch/LOG.md)."""
     judged_at_once: int = 4
     """Videos that the latent geometry model sees together."""
+    sample_every: int = 0
+    """Iterations between sample videos, for which the VAE is loaded; 0 is never."""
+    sample_prompts: int = 2
+    """Of the first prompts, one video each."""
 
     def __post_init__(self) -> None:
         _require(
@@ -198,6 +208,7 @@ class VideoConfig:
             _require(side >= 16 and side % 16 == 0, f"{name} must be a multiple of 16, got {side}")
         _require(self.dynamic_threshold > 0, f"dynamic_threshold must be > 0, got {self.dynamic_threshold:g}")
         _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
+        _require(self.sample_every >= 0 and self.sample_prompts >= 1, "sample_every must be >= 0, sample_prompts >= 1")
 
 
 @dataclass(frozen=True)
@@ -228,6 +239,8 @@ class Recipe:
     """Iterations between checkpoints; there is one at the end, too."""
     keep: int = 2
     """Checkpoints that are kept, the newest."""
+    trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
+    """Where numbers go beyond the run's own files and TensorBoard; each must be installed."""
     mixture: MixtureConfig = MixtureConfig()
     sampling: SamplingConfig = SamplingConfig()
     grpo: GrpoConfig = GrpoConfig()

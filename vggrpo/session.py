@@ -5,6 +5,8 @@ run.jsonl       versions, commit, hardware, ranks: one entry for every start
 metrics.jsonl   one line for every iteration
 tensorboard/    the same numbers
 checkpoints/    `checkpoint.py`
+videos/         samples of a video model, by iteration, if the recipe asks for them
+average/        its LoRA's average, likewise
 """
 
 import importlib.metadata
@@ -25,7 +27,10 @@ from vggrpo.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vggrpo.config import Recipe
 from vggrpo.recipe import recipe_from
 
-MAY_CHANGE = ("out", "checkpoint_every", "keep", "grpo.num_iterations", "launch.num_processes", "launch.engine")
+MAY_CHANGE = (
+    *("out", "checkpoint_every", "keep", "trackers", "grpo.num_iterations", "launch.num_processes", "launch.engine"),
+    *("video.sample_every", "video.sample_prompts"),
+)
 """Keys in which a resumed run may differ from its recipe before."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "vggrpo")
 

@@ -130,6 +130,14 @@ class FlowPolicy:
         z0 = torch.cat([walk.z0 for walk in walks]).view(B, K, *self.latent_shape)
         return Rollout(cond, z0, torch.cat([walk.log_prob for walk in walks]).view(B, K, len(steps)), trajectory)
 
+    @torch.no_grad()
+    def sample(self, cond: Condition, generator: Streams) -> Float[Tensor, "B *latent"]:
+        """One video for each of B conditions, by the ODE alone."""
+        B = len(cond)
+        c, negative = self.encode(cond), self.encode(Condition(prompt=[self.cfg.negative_prompt] * B))
+        whole = range(self.cfg.num_steps, self.cfg.num_steps)
+        return self._to_window([generator.member(b, 0) for b in range(B)], c, negative, whole)
+
     def replay(self, rollout: Rollout) -> Iterator[Replay]:
         """Every trained step, `micro_batch` videos at a time, in the rollout's own chunks."""
         notes: FlowTrajectory = rollout.trajectory
