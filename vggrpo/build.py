@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rewards import DEFAULT, REWARDS, reprojection_consistency
+from rewards import DEFAULT, REWARDS, motion_smoothness, reprojection_consistency
 from vggrpo.checkpoint import restore_weights
-from vggrpo.config import Recipe, VideoConfig
+from vggrpo.config import Recipe, RewardForm, VideoConfig
+from vggrpo.control import RANDOM, is_control, random_reward
 from vggrpo.launch import start
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
@@ -71,10 +72,11 @@ def _mixture(recipe: Recipe, accelerator: Accelerator, weights: Mapping[str, Ten
     def encode(cond: Condition) -> Tensor:
         return encode_modes(cond).to(accelerator.device)
 
+    rewards = _rewards_of(recipe, run, lambda: {"nearness": reward})
     policy = FlowPolicy(
         network, encode, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm", agree=run.agree
     )
-    return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
+    return Parts(network, policy, _latents, rewards, batches(mixture.prompts, run), optimizer, run)
 
 
 def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights: Mapping[str, Tensor] | None) -> Parts:
@@ -87,7 +89,7 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold)
+    rewards = _rewards_of(recipe, run, lambda: chosen_rewards(grpo.weights, video.dynamic_threshold, video.reward_form))
     prompts = read_prompts(video.prompts)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
@@ -115,7 +117,14 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights
     return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
 
 
-def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -> dict[str, RewardFn]:
+def _rewards_of(recipe: Recipe, run: Run, chosen: Callable[[], dict[str, RewardFn]]) -> dict[str, RewardFn]:
+    """The control, if the recipe asks for it; else what is `chosen`."""
+    return {RANDOM: random_reward(run)} if is_control(recipe.grpo.weights) else chosen()
+
+
+def chosen_rewards(
+    weights: dict[str, float] | None, dynamic_threshold: float, form: RewardForm = "robust"
+) -> dict[str, RewardFn]:
     """The shipped rewards of these names.
 
     Raises:
@@ -128,8 +137,14 @@ def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -
             near = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
-    return {name: estimated.get(name, REWARDS[name]) for name in weights}
+    again = partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)
+    special: dict[str, RewardFn] = {"reprojection_consistency": again}
+    if form == "paper":
+        special = {
+            "motion_smoothness": partial(motion_smoothness, floor=0.0),
+            "reprojection_consistency": partial(again, scale="absolute", exclude_self=False),
+        }
+    return {name: special.get(name, REWARDS[name]) for name in weights}
 
 
 def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:

@@ -153,6 +153,9 @@ class MixtureConfig:
     """Hidden units of the learned correction."""
 
 
+RewardForm = Literal["robust", "paper"]
+
+
 @dataclass(frozen=True)
 class LoraSize:
     """Low-rank updates of a model's attention projections."""
@@ -191,6 +194,9 @@ class VideoConfig:
     dynamic_threshold: float = 0.06
     """Scene flow, in median depths, from which on a point counts as moving and is left out of the reprojection reward.
     The reward's own 0.004 is for exact geometry: estimated flow explains wobble as motion (launch/LOG.md)."""
+    reward_form: RewardForm = "robust"
+    """ "paper": no floor under the camera's speed, depth errors in absolute units, a view's own points in its cloud. On
+    estimated geometry such rewards judge noise and scale (README); tiny_paper.yaml has them."""
     judged_at_once: int = 4
     """Videos that the latent geometry model sees together."""
     sample_every: int = 0

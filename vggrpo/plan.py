@@ -18,6 +18,7 @@ from torch import nn
 from vggrpo.build import build, chosen_rewards
 from vggrpo.check import check
 from vggrpo.config import LaunchConfig, Recipe, VideoConfig
+from vggrpo.control import is_control
 from vggrpo.cost import Counts, Shape, evaluations, forward_flops, iteration_flops, peak_bytes
 from vggrpo.runtime import Share, share_of
 
@@ -74,7 +75,8 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
 
     folder, sampling = Path(video.model), recipe.sampling
     prompts = read_prompts(video.prompts)
-    chosen_rewards(recipe.grpo.weights, video.dynamic_threshold)
+    if not is_control(recipe.grpo.weights):
+        chosen_rewards(recipe.grpo.weights, video.dynamic_threshold)
     latent = latent_shape(folder, video.frames, video.height, video.width)
     path = folder / "transformer" / "config.json"
     if not path.is_file() or not list(path.parent.glob("*.safetensors")):

@@ -69,6 +69,8 @@ class Run:
         self.share = share_of(accelerator.process_index, accelerator.num_processes, num_prompts, group_size)
         self.boundary = 0  # updates made when this iteration began: only there can a run be left and taken up
         self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.latest = Streams(0, 0)  # of the rollout under way
+        self.num_local_prompts = self.share.prompts.stop - self.share.prompts.start
         self.num_members = self.share.members.stop - self.share.members.start
 
     def prepare(
@@ -101,7 +103,8 @@ class Run:
     def streams(self, seed: int, iteration: int, first_prompt: int = 0) -> Streams:
         """This rank's random streams; `first_prompt` is the index of the global batch's own first prompt."""
         share = self.share
-        return Streams(seed, iteration, first_prompt + share.prompts.start, share.members.start)
+        self.latest = Streams(seed, iteration, first_prompt + share.prompts.start, share.members.start)
+        return self.latest
 
     def gather(self, values: dict[str, Shaped[Tensor, "b k ..."]]) -> dict[str, Shaped[Tensor, "B K ..."]]:
         """Every rank's part, put together: the same [B K ...] on every rank."""

@@ -12,6 +12,7 @@ from vggrpo.average import follow, start_average
 from vggrpo.bootstrap.progress import Progress
 from vggrpo.build import Parts, build
 from vggrpo.config import Recipe
+from vggrpo.control import is_control
 from vggrpo.launch import described
 from vggrpo.progress import bar, shares
 from vggrpo.session import Session
@@ -52,6 +53,8 @@ class Training:
         session.begin(self.done, {"num_processes": run.accelerator.num_processes, "engine": run.engine})
         if self.main:
             print(described(run.accelerator), file=sys.stderr)
+            if is_control(recipe.grpo.weights):
+                print("CONTROL: the reward is random; nothing can be learnt from it", file=sys.stderr)
         todo = itertools.islice(self.parts.conditions, self.done, recipe.grpo.num_iterations)
         rewards = {name: self._polled(reward) for name, reward in self.parts.rewards.items()}
         status = 0
