@@ -2,23 +2,25 @@
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from geometry.types import Geometry
-from rewards import DEFAULT, REWARDS, reprojection_consistency
+from rewards import DEFAULT, REWARDS, motion_smoothness, reprojection_consistency
 from vggrpo.base_motion import floor_of, measure_base_motion
-from vggrpo.config import Recipe, VideoConfig
+from vggrpo.checkpoint import restore_weights
+from vggrpo.config import Recipe, RewardForm, VideoConfig
+from vggrpo.control import RANDOM, is_control, random_reward
+from vggrpo.launch import start
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
+from vggrpo.scenes import Scenes
 from vggrpo.trainer import GeometryFn, RewardFn
 from vggrpo.types import Condition
 
@@ -37,34 +39,48 @@ class Parts(NamedTuple):
     run: Run
 
 
-def build(recipe: Recipe, accelerator: Accelerator | None = None) -> Parts:
+def build(recipe: Recipe, accelerator: Accelerator | None = None, weights: Mapping[str, Tensor] | None = None) -> Parts:
     """The parts of a run under this launch.
 
+    Args:
+        weights: what a checkpoint says of the trained weights. They come before the launch wraps the network, for an
+            engine may keep copies, or parts.
+
     Raises:
-        ValueError: a batch that the ranks cannot share, a reward or prompt that is not known, a file that is missing or
-            not what its card says.
+        ValueError: a launch that is not what was asked for, a batch that the ranks cannot share, a reward or prompt
+            that is not known, a file that is missing or not what its card says, weights of another network.
     """
+    accelerator = accelerator or start(recipe.launch, cpu=recipe.video is None)
     if recipe.video is not None:
-        return _video(recipe, recipe.video, accelerator or Accelerator())
-    return _mixture(recipe, accelerator or Accelerator(cpu=True))
+        return _video(recipe, recipe.video, accelerator, weights)
+    return _mixture(recipe, accelerator, weights)
 
 
-def _mixture(recipe: Recipe, accelerator: Accelerator) -> Parts:
+def _mixture(recipe: Recipe, accelerator: Accelerator, weights: Mapping[str, Tensor] | None) -> Parts:
     """The embedded mixture; on the CPU, for it is two-dimensional."""
     grpo, mixture = recipe.grpo, recipe.mixture
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
     torch.manual_seed(grpo.seed)
     network = MixtureFlow(mixture.width)
-    reference = frozen_copy(network) if grpo.beta > 0 else None
-    network, optimizer = run.prepare(network, _adamw(network, recipe))
+    reference = frozen_copy(network).to(accelerator.device) if grpo.beta > 0 else None
+    if weights is not None:
+        restore_weights(network, weights)
+    network, optimizer = run.prepare(network, _adamw(network, recipe), grpo.max_grad_norm)
     encode_modes(Condition([*mixture.prompts, recipe.sampling.negative_prompt]))
     reward = partial(nearness, mixture.wanted)
     reward(torch.zeros(2))
-    policy = FlowPolicy(network, encode_modes, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm")
-    return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
+
+    def encode(cond: Condition) -> Tensor:
+        return encode_modes(cond).to(accelerator.device)
+
+    rewards = _rewards_of(recipe, run, lambda: {"nearness": reward})
+    policy = FlowPolicy(
+        network, encode, (2,), recipe.sampling, reference, keep_means=grpo.ratio == "norm", agree=run.agree
+    )
+    return Parts(network, policy, _latents, rewards, batches(mixture.prompts, run), optimizer, run)
 
 
-def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Parts:
+def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights: Mapping[str, Tensor] | None) -> Parts:
     """A Wan with LoRA, judged by a latent geometry model. Neither VAE nor text encoder stays."""
     from vggrpo.data import read_prompts
     from vggrpo.policy.lora import add_lora
@@ -74,18 +90,20 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards: dict[str, RewardFn] = {**chosen_rewards(grpo.weights, video.dynamic_threshold)}
+    rewards = _rewards_of(recipe, run, lambda: chosen_rewards(grpo.weights, video.dynamic_threshold, video.reward_form))
     prompts = read_prompts(video.prompts)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
     transformer = load_transformer(folder)
     add_lora(transformer, video.lora)
     network: nn.Module = WanVelocity(transformer).to(device)
+    if weights is not None:
+        restore_weights(network, weights)
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae").to(device)
     encode = cached_prompts(
-        load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt]
+        load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt], device
     )
-    network, optimizer = run.prepare(network, _adamw(network, recipe))
+    network, optimizer = run.prepare(network, _adamw(network, recipe), grpo.max_grad_norm)
     policy = FlowPolicy(
         network,
         encode,
@@ -93,20 +111,24 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
         recipe.sampling,
         lora_off(network) if grpo.beta > 0 else None,
         keep_means=grpo.ratio == "norm",
+        agree=run.agree,
     )
 
-    def geometry(z0: Tensor) -> Geometry:
-        """[B K *latent] -> scene, some videos at a time."""
-        parts = [lgm(some) for some in z0.flatten(0, 1).split(video.judged_at_once)]
-        return concatenated(parts).map(lambda x: x.unflatten(0, z0.shape[:2]))
-
+    geometry = Scenes(lgm, video.judged_at_once, run.agree)
     if video.motion_samples > 0 and "camera_motion_floor" in rewards:
         motion = measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run)
         rewards["camera_motion_floor"] = floor_of(motion, video.motion_kept)
     return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
 
 
-def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -> dict[str, RewardFn]:
+def _rewards_of(recipe: Recipe, run: Run, chosen: Callable[[], dict[str, RewardFn]]) -> dict[str, RewardFn]:
+    """The control, if the recipe asks for it; else what is `chosen`."""
+    return {RANDOM: random_reward(run)} if is_control(recipe.grpo.weights) else chosen()
+
+
+def chosen_rewards(
+    weights: dict[str, float] | None, dynamic_threshold: float, form: RewardForm = "robust"
+) -> dict[str, RewardFn]:
     """The shipped rewards of these names.
 
     Raises:
@@ -119,16 +141,14 @@ def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -
             near = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
-    return {name: estimated.get(name, REWARDS[name]) for name in weights}
-
-
-def concatenated(scenes: Sequence[Geometry]) -> Geometry:
-    """Geometries of clips, one after the other along their first axis."""
-    first = scenes[0]
-    names = [name for name, value in vars(first).items() if isinstance(value, Tensor)]
-    joined: dict[str, Any] = {name: torch.cat([getattr(scene, name) for scene in scenes]) for name in names}
-    return replace(first, **joined)
+    again = partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)
+    special: dict[str, RewardFn] = {"reprojection_consistency": again}
+    if form == "paper":
+        special = {
+            "motion_smoothness": partial(motion_smoothness, floor=0.0),
+            "reprojection_consistency": partial(again, scale="absolute", exclude_self=False),
+        }
+    return {name: special.get(name, REWARDS[name]) for name in weights}
 
 
 def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:

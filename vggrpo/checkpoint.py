@@ -128,7 +128,8 @@ def restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tens
         if name not in weights:
             raise ValueError(f"the checkpoint has moments of {name}, which this network does not have")
         # Adam counts its steps on the CPU, whatever the device.
-        moments.setdefault(name, {})[key] = value.clone() if key == "step" else value.to(weights[name], copy=True)
+        moment = value.clone() if key == "step" else value.to(weights[name].device, weights[name].dtype, copy=True)
+        moments.setdefault(name, {})[key] = moment
     for name, found in moments.items():
         optimizer.state[weights[name]] = found
 

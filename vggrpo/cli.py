@@ -1,7 +1,7 @@
 """The command line: what each command does, in the words of the modules that do it."""
 
 import argparse
-import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
+    plan = commands.choices["plan"]
+    plan.add_argument("--no-step", action="store_true", help="formulas only: no model is loaded")
+    plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step))
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    train.set_defaults(run=lambda args: train_recipe(args.recipe, args.overrides, resume=args.resume))
+    train.add_argument(
+        "--accelerate", metavar="NAME", help="start it by `accelerate launch`: ddp, zero2, zero3, fsdp2, multi_node"
+    )
+    for flag in LAUNCH_FLAGS:
+        train.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
+    train.set_defaults(run=_train)
     for name, flagged in FLAGGED.items():
         commands.add_parser(name, help=flagged.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
@@ -53,8 +61,17 @@ def _told(action: Callable[[], int]) -> int:
     """The status of an action; what it raises is one line."""
     try:
         return action()
+    except torch.OutOfMemoryError as error:
+        print(
+            f"vggrpo: out of memory ({str(error).splitlines()[0]}): lower sampling.micro_batch, or turn on "
+            "sampling.gradient_checkpointing",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"vggrpo: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or not isinstance(error, ValueError):  # bad input is the same on every rank, and is said once
+            print(f"vggrpo{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         return 2
 
 
@@ -70,52 +87,36 @@ def check_recipe(path: str, overrides: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
-    """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
-    from vggrpo.session import Session
-    from vggrpo.signals import STATUS, Interrupted, Signals
-    from vggrpo.trainer import train
+def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True) -> int:
+    """What a recipe will cost, by formulas; then one iteration without its update, measured."""
+    from vggrpo.plan import planned, share, stepped
 
     recipe = load_recipe(path, overrides)
-    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
-    bare, main = run.accelerator.unwrap_model(network), run.accelerator.is_main_process
-    session = Session(recipe, writes=main)
-    first = done = session.begin(bare, optimizer, resume=resume, num_processes=run.accelerator.num_processes)
-    todo = itertools.islice(conditions, first, recipe.grpo.num_iterations)
-    boundary = 0  # updates made when iteration `done` was to begin: only there can a run be left and taken up
+    print(*planned(recipe), sep="\n", flush=True)
+    if not step:
+        return 0
+    lines, problems = stepped(share(recipe))
+    print(*lines, sep="\n")
+    return 1 if problems else 0
 
-    def keep() -> None:
-        session.save(done, bare, optimizer)
-        if recipe.video is not None and main:
-            from vggrpo.policy.lora import save_lora
 
-            save_lora(bare.transformer, session.folder)
+def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+    """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
+    from vggrpo.training import Training
 
-    def poll(*_: Any) -> None:
-        if run.accelerator.num_processes == 1 and run.updates == boundary:
-            signals.poll()
+    return Training(load_recipe(path, overrides), resume=resume).go()
 
-    with Signals() as signals:
-        watched = bare.register_forward_pre_hook(poll)
-        try:
-            for numbers in train(policy, geometry, rewards, todo, optimizer, run, recipe.grpo, first):
-                if "grad_norm" in numbers:
-                    done, boundary = int(numbers["step"]) + 1, run.updates
-                session.note(numbers)
-                if main:
-                    print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-                if done and done == numbers["step"] + 1 and done % recipe.checkpoint_every == 0:
-                    keep()
-                if run.any(signals.received is not None):
-                    raise Interrupted
-        except Interrupted:
-            keep()
-            return STATUS
-        finally:
-            watched.remove()
-            session.close()
-    keep()
-    return 0
+
+def launch_recipe(name: str, flags: Sequence[str], path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+    """`vggrpo train` by `accelerate launch`, in this process's place; what can be seen to be wrong is said before."""
+    from vggrpo.launch import command, configuration, num_processes
+    from vggrpo.runtime import share_of
+
+    recipe = load_recipe(path, overrides)
+    share_of(0, num_processes(configuration(name)[1], flags), recipe.grpo.num_prompts, recipe.grpo.group_size)
+    words = command(name, ["train", path, *overrides, *["--resume"] * resume], flags)
+    sys.stdout.flush()
+    os.execv(words[0], words)
 
 
 def sft_recipe(path: str, overrides: Sequence[str]) -> int:
@@ -208,6 +209,15 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def _train(args: argparse.Namespace) -> int:
+    flags = [word for flag in LAUNCH_FLAGS if (value := getattr(args, flag[2:])) is not None for word in (flag, value)]
+    if args.accelerate is not None:
+        return launch_recipe(args.accelerate, flags, args.recipe, args.overrides, resume=args.resume)
+    if flags:
+        raise ValueError(f"{flags[0]} is for accelerate: give --accelerate NAME with it")
+    return train_recipe(args.recipe, args.overrides, resume=args.resume)
+
+
 def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command = commands.add_parser(name, help=action.__doc__, description=action.__doc__)
     command.add_argument("recipe", help=f"YAML, such as {example}")
@@ -215,6 +225,9 @@ def _add(commands: Any, name: str, action: Action, example: str) -> None:
     command.set_defaults(run=lambda args: action(args.recipe, args.overrides))
 
 
-COMMANDS: dict[str, Action] = {"check": check_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe}
+COMMANDS: dict[str, Action] = {
+    "check": check_recipe, "plan": plan_recipe, "sft": sft_recipe, "stitch": stitch_recipe, "train": train_recipe,
+}  # fmt: skip
+LAUNCH_FLAGS = ("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port")
 FLAGGED: dict[str, Callable[[Sequence[str]], int]] = {"sample": sample, "score": score, "evaluate": evaluate}
 """Commands whose flags are the fields of a dataclass."""

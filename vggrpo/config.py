@@ -133,6 +133,12 @@ class OptimizerConfig:
     """The paper's."""
     weight_decay: float = 1e-4
     """The paper's."""
+    ema: float | None = None
+    """Decay, at every iteration with an update, of an average of the trained weights that is kept and exported beside
+    them; None is no average."""
+
+    def __post_init__(self) -> None:
+        _require(self.ema is None or 0 < self.ema < 1, f"ema must be in (0, 1), got {self.ema}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,9 @@ class MixtureConfig:
     """The mode that the reward is highest at."""
     width: int = 64
     """Hidden units of the learned correction."""
+
+
+RewardForm = Literal["robust", "paper"]
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,15 @@ class VideoConfig:
     `camera_motion_floor`; 0: the reward's own floor for all prompts."""
     motion_kept: float = 1.0
     """Share of that motion from which on a video moves enough."""
+    reward_form: RewardForm = "robust"
+    """ "paper": no floor under the camera's speed, depth errors in absolute units, a view's own points in its cloud. On
+    estimated geometry such rewards judge noise and scale (README); tiny_paper.yaml has them."""
     judged_at_once: int = 4
     """Videos that the latent geometry model sees together."""
+    sample_every: int = 0
+    """Iterations between sample videos, for which the VAE is loaded; 0 is never."""
+    sample_prompts: int = 2
+    """Of the first prompts, one video each."""
 
     def __post_init__(self) -> None:
         _require(
@@ -205,6 +221,23 @@ class VideoConfig:
         _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
         _require(self.motion_samples >= 0, f"motion_samples must be >= 0, got {self.motion_samples}")
         _require(self.motion_kept > 0, f"motion_kept must be > 0, got {self.motion_kept:g}")
+        _require(self.sample_every >= 0 and self.sample_prompts >= 1, "sample_every must be >= 0, sample_prompts >= 1")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What the launch must turn out to be; `launch.py` refuses any other. `--accelerate NAME` fills it in."""
+
+    num_processes: int | None = None
+    """Of all machines together; None is any number."""
+    engine: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] | None = None
+    """What joins them; None is any."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_processes is None or self.num_processes >= 1,
+            f"num_processes must be >= 1, got {self.num_processes}",
+        )
 
 
 @dataclass(frozen=True)
@@ -219,10 +252,13 @@ class Recipe:
     """Iterations between checkpoints; there is one at the end, too."""
     keep: int = 2
     """Checkpoints that are kept, the newest."""
+    trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
+    """Where numbers go beyond the run's own files and TensorBoard; each must be installed."""
     mixture: MixtureConfig = MixtureConfig()
     sampling: SamplingConfig = SamplingConfig()
     grpo: GrpoConfig = GrpoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
         _require(min(self.checkpoint_every, self.keep) >= 1, "checkpoint_every and keep must be >= 1")

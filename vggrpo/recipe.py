@@ -50,6 +50,15 @@ def read_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) 
     return _build(kind, data, source, "")
 
 
+def recipe_from(data: dict[str, Any], source: str) -> Recipe:
+    """A training run's recipe from what `dataclasses.asdict` made of one; keys that it lacks have their defaults.
+
+    Raises:
+        ValueError: as `read_recipe`.
+    """
+    return _build(Recipe, data, source, "")
+
+
 def _build(cls: type[T], data: Any, source: str, where: str) -> T:
     """A dataclass from a mapping, or one line that says which key of which file is wrong."""
     if not isinstance(data, dict):

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from accelerate import Accelerator
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from vggrpo.launch import engine_of
+from vggrpo.signals import Interrupted
 from vggrpo.types import Condition, Streams
 
 
@@ -61,16 +63,32 @@ class Run:
 
     def __init__(self, accelerator: Accelerator, num_prompts: int, group_size: int, max_skipped: int = 0) -> None:
         """Raises ValueError where the batch cannot be shared by the ranks (see `share_of`)."""
-        self.accelerator = accelerator
+        self.accelerator, self.engine = accelerator, engine_of(accelerator)
         self.num_prompts, self.max_skipped = num_prompts, max_skipped
         self.updates = self.skipped = 0  # made since the start of this process; left out in a row, up to now
         self.share = share_of(accelerator.process_index, accelerator.num_processes, num_prompts, group_size)
+        self.boundary = 0  # updates made when this iteration began: only there can a run be left and taken up
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.latest = Streams(0, 0)  # of the rollout under way
+        self.num_local_prompts = self.share.prompts.stop - self.share.prompts.start
         self.num_members = self.share.members.stop - self.share.members.start
 
-    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Network and optimiser as this launch needs them (DDP, ...). The trained network must be called through it."""
-        prepared: tuple[Any, Any] = self.accelerator.prepare(network, optimizer)
-        return prepared
+    def prepare(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float = math.inf
+    ) -> tuple[Any, Any]:
+        """Network and optimiser as this launch needs them (DDP, ...). The trained network must be called through it.
+
+        Args:
+            max_grad_norm: what `clip_and_step` will be asked for; DeepSpeed must know it beforehand.
+        """
+        if self.engine.startswith("zero"):
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+            self._trained = [weight for weight in network.parameters() if weight.requires_grad]
+        wrapped, stepped = self.accelerator.prepare(network, optimizer)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            # Buffers are constants; to broadcast them at every forward pass would make ranks wait for each other.
+            wrapped.broadcast_buffers = False
+        return wrapped, stepped
 
     def mine(self, cond: Condition) -> Condition:
         """This rank's prompts of the global batch `cond`.
@@ -85,7 +103,8 @@ class Run:
     def streams(self, seed: int, iteration: int, first_prompt: int = 0) -> Streams:
         """This rank's random streams; `first_prompt` is the index of the global batch's own first prompt."""
         share = self.share
-        return Streams(seed, iteration, first_prompt + share.prompts.start, share.members.start)
+        self.latest = Streams(seed, iteration, first_prompt + share.prompts.start, share.members.start)
+        return self.latest
 
     def gather(self, values: dict[str, Shaped[Tensor, "b k ..."]]) -> dict[str, Shaped[Tensor, "B K ..."]]:
         """Every rank's part, put together: the same [B K ...] on every rank."""
@@ -95,13 +114,21 @@ class Run:
         """This rank's part of a global tensor: the inverse of `gather`."""
         return value[self.share.prompts, self.share.members]
 
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradient, averaged over the ranks.
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add this micro-batch's gradient, averaged over the ranks; after the `last` one comes `clip_and_step`.
+
+        A run that was asked to stop can be left here (`agree`).
 
         DDP sends at every call. To send once per update it would have to know the last chunk before its forward pass,
         and LoRA's gradients are small next to a video model's backward.
         """
-        self.accelerator.backward(loss)
+        self.agree()
+        if self.engine.startswith("zero"):  # accelerate's own backward would step at every call
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            engine.set_gradient_accumulation_boundary(last)
+            engine.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def any(self, happened: bool) -> bool:
         """Whether it happened on any rank: all of them must ask."""
@@ -110,14 +137,30 @@ class Run:
         told = self.accelerator.reduce(torch.tensor(float(happened), device=self.accelerator.device))
         return bool(told > 0)
 
+    def agree(self, failed: bool = False) -> bool:
+        """Whether anything failed, on any rank: all of them must ask, after every micro-batch.
+
+        Raises:
+            Interrupted: on all ranks, if any of them was asked to stop and the iteration has not changed the weights.
+        """
+        told = torch.tensor([failed, self.updates == self.boundary and self.asked_to_stop()], dtype=torch.float32)
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.reduce(told.to(self.accelerator.device))
+        if told[1] > 0:
+            raise Interrupted
+        return bool(told[0] > 0)
+
     def clip_and_step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
         """One optimiser step on the gathered gradient, which is then cleared. Returns its norm before clipping.
 
         A gradient that is not finite, which all ranks see alike, is cleared and leaves the parameters as they were.
 
         Raises:
-            FloatingPointError: that happened more than `max_skipped` times in a row.
+            FloatingPointError: that happened more than `max_skipped` times in a row; under DeepSpeed, which cannot be
+                told to forget a gradient, at all.
         """
+        if self.engine.startswith("zero"):
+            return self._deepspeed_step()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(self.accelerator.clip_grad_norm_(params, max_grad_norm))
         if math.isfinite(norm):
@@ -131,6 +174,21 @@ class Run:
                 f"the gradient norm is {norm}, and no update could be made {self.skipped} times in a row: "
                 "lower optimizer.lr, or look at the rewards that became infinite or NaN"
             )
+        return norm
+
+    def _deepspeed_step(self) -> float:
+        """DeepSpeed clips and clears by itself, but in fp32 it would also step along a gradient that is not finite."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = [safe_get_full_grad(weight) for weight in self._trained]
+        norm = float(torch.stack([gradient.float().norm() for gradient in gradients if gradient is not None]).norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: go on from the newest checkpoint with a lower optimizer.lr, or under "
+                "ddp, which leaves such updates out"
+            )
+        self.accelerator.deepspeed_engine_wrapped.engine.step()
+        self.updates += 1
         return norm
 
     def _gather(self, value: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ run.jsonl       versions, commit, hardware, ranks: one entry for every start
 metrics.jsonl   one line for every iteration
 tensorboard/    the same numbers
 checkpoints/    `checkpoint.py`
+videos/         samples of a video model, by iteration, if the recipe asks for them
+average/        its LoRA's average, likewise
 """
 
 import importlib.metadata
@@ -19,22 +21,18 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor
 
-from vggrpo.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_weights,
-    save_checkpoint,
-    trained_weights,
-)
+from vggrpo.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vggrpo.config import Recipe
+from vggrpo.recipe import recipe_from
 
-MAY_CHANGE = ("out", "checkpoint_every", "keep", "grpo.num_iterations")
+MAY_CHANGE = (
+    *("out", "checkpoint_every", "keep", "trackers", "grpo.num_iterations", "launch.num_processes", "launch.engine"),
+    *("video.sample_every", "video.sample_prompts"),
+)
 """Keys in which a resumed run may differ from its recipe before."""
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "vggrpo")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "vggrpo")
 
 
 class Session:
@@ -45,8 +43,8 @@ class Session:
         self.folder = Path(recipe.out)
         self._tensorboard: Any = None
 
-    def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool, num_processes: int) -> int:
-        """Write down what starts here; the number of its first iteration comes back.
+    def find(self, *, resume: bool) -> Checkpoint | None:
+        """What there is to go on from, before anything is built; None for a new run.
 
         Raises:
             ValueError: a run that is there already without `resume`, or none with it; a checkpoint that is damaged or
@@ -57,23 +55,25 @@ class Session:
             raise ValueError(f"{self.folder} has no checkpoint to resume: start without --resume")
         if not resume and (found is not None or (self.folder / "metrics.jsonl").exists()):
             raise ValueError(f"{self.folder} holds a run already: --resume it, or give another `out`")
-        first = 0
         if found is not None:
-            differing = _differences(found.state["recipe"], _plain(self.recipe))
+            # Through the dataclasses, so that a key that is newer than the checkpoint has its default.
+            was = _plain(recipe_from(found.state["recipe"], f"the recipe in {self.folder}"))
+            differing = _differences(was, _plain(self.recipe))
             if differing:
                 raise ValueError(
                     f"{self.folder} was made by another recipe ({'; '.join(differing)}): "
                     "restore it, or give another `out`"
                 )
-            first = int(found.state["iteration"])
-            restore_weights(network, found.tensors["weights"])
-            restore_optimizer(network, optimizer, found.tensors["optimizer"])
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(_plain(self.recipe), sort_keys=False))
-            self._append("run.jsonl", _circumstances(first, num_processes))
-            self._forget(first)
-        return first
+        return found
+
+    def begin(self, first: int, launched: Mapping[str, Any]) -> None:
+        """Write down what starts here: the number of the first iteration, and what `launched` says of the processes."""
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(_plain(self.recipe), sort_keys=False))
+        self._append("run.jsonl", _circumstances(first) | dict(launched))
+        self._forget(first)
 
     def note(self, numbers: Mapping[str, int | float]) -> None:
         """One iteration's numbers."""
@@ -87,7 +87,7 @@ class Session:
         for name, value in numbers.items():
             self._tensorboard.add_scalar(name, value, int(numbers["step"]))
 
-    def save(self, iteration: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, iteration: int, tensors: dict[str, dict[str, Tensor]]) -> None:
         """A checkpoint from which `iteration` is the next one.
 
         Raises:
@@ -96,7 +96,6 @@ class Session:
         if not self.writes:
             return
         state = {"iteration": iteration, "recipe": _plain(self.recipe)}
-        tensors = {"weights": trained_weights(network), "optimizer": optimizer_tensors(network, optimizer)}
         save_checkpoint(self.folder / "checkpoints", iteration, Checkpoint(state, tensors), self.recipe.keep)
 
     def close(self) -> None:
@@ -133,7 +132,7 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any], where: str = ""
     return found
 
 
-def _circumstances(first: int, num_processes: int) -> dict[str, Any]:
+def _circumstances(first: int) -> dict[str, Any]:
     versions = {}
     for name in PACKAGES:
         try:
@@ -143,7 +142,6 @@ def _circumstances(first: int, num_processes: int) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "first_iteration": first,
-        "num_processes": num_processes,
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),

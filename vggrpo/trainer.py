@@ -67,8 +67,9 @@ def train(
         grad_norm = None
         with clock("update"):
             for _ in range(cfg.num_updates):
-                replayed = replay_backward(policy, rollout, run.local(advantage), run, cfg)
-                if turn == cfg.accumulate - 1:
+                last = turn == cfg.accumulate - 1
+                replayed = replay_backward(policy, rollout, run.local(advantage), run, cfg, last=last)
+                if last:
                     grad_norm = run.clip_and_step(optimizer, cfg.max_grad_norm)
         yield {"step": step, "update": update} | summary(reward, advantage, replayed, run, cfg, clock, grad_norm)
 
@@ -82,14 +83,25 @@ class Replayed(NamedTuple):
 
 
 def replay_backward(
-    policy: Policy, rollout: Rollout, advantage: Float[Tensor, "B K"], run: Run, cfg: GrpoConfig
+    policy: Policy,
+    rollout: Rollout,
+    advantage: Float[Tensor, "B K"],
+    run: Run,
+    cfg: GrpoConfig,
+    *,
+    last: bool = True,
 ) -> Replayed:
-    """Add the gradient of -mean(gain - beta KL) over this rank's decisions, micro-batch by micro-batch."""
+    """Add the gradient of -mean(gain - beta KL) over this rank's decisions, micro-batch by micro-batch.
+
+    `last`: an optimiser step follows, and not another rollout of the same batch.
+    """
     found = Replayed(*(torch.full_like(rollout.log_prob, float("nan")) for _ in range(3)))
+    left = rollout.log_prob.numel()
     for chunk in policy.replay(rollout):
+        left -= len(chunk.log_prob)
         log_ratio, gain = surrogate(chunk, rollout, advantage, cfg)
         loss = -(gain - cfg.beta * chunk.kl).sum() / rollout.log_prob.numel()
-        run.backward(loss / cfg.accumulate)
+        run.backward(loss / cfg.accumulate, last=last and left == 0)
         for kept, value in zip(found, (log_ratio, gain, chunk.kl), strict=True):
             kept[chunk.at] = value.detach()
     return found

@@ -66,6 +66,10 @@ class Streams:
         """Another stream of that video, for the forward process (DiffusionNFT): times and noise."""
         return _stream("noising", self.seed, self.iteration, self.first_prompt + b, self.first_member + k)
 
+    def control(self, b: int, k: int) -> torch.Generator:
+        """A stream of that video that decides nothing about it: for the random reward."""
+        return _stream("control", self.seed, self.iteration, self.first_prompt + b, self.first_member + k)
+
     def group(self, b: int) -> torch.Generator:
         """What the members of a group share: their initial noise, if it is shared."""
         return _stream("group", self.seed, self.iteration, self.first_prompt + b)

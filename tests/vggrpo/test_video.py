@@ -106,6 +106,28 @@ def test_a_video_run_that_goes_on_ends_as_an_unbroken_one_to_the_bit(tuned, tmp_
         assert all(torch.equal(x, resumed[file][name]) for name, x in tensors.items())
 
 
+def test_sample_videos_and_an_average_come_with_a_run_and_change_nothing_in_it(tuned, tmp_path, monkeypatch):
+    decoded, decode = [], AutoencoderKLWan.decode
+    monkeypatch.setattr(AutoencoderKLWan, "decode", lambda self, *a, **k: (decoded.append(1), decode(self, *a, **k))[1])
+    more = ["optimizer.lr=0.05", "grpo.num_iterations=2", "video.sample_every=2", "video.sample_prompts=1",
+            "optimizer.ema=0.5"]  # fmt: skip
+    assert cli.main(["train", RECIPE, *SMALL, *more, f"out={tmp_path}"]) == 0
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.mp4")] == ["videos/000002/000.mp4"]
+    assert len(decoded) == 1
+    plain, with_more = (load_checkpoint(folder / "checkpoints").tensors for folder in (tuned, tmp_path))
+    for file, tensors in plain.items():
+        assert all(torch.equal(x, with_more[file][name]) for name, x in tensors.items())
+    last, average = (load_file(tmp_path / part / "pytorch_lora_weights.safetensors") for part in ("", "average"))
+    name = next(key for key in last if "lora_B" in key)
+    assert last.keys() == average.keys()
+    assert not torch.equal(last[name], average[name])
+    inside = name.removeprefix("transformer.").replace(".weight", ".default.weight")
+    assert torch.equal(average[name], with_more["average"][f"transformer.{inside}"])
+    some = prompts(*FILES["held_out"])[:1]
+    (one,), (other,) = (sampled(small(lora=str(tmp_path / part)), some) for part in ("", "average"))
+    assert not torch.equal(one.z0, other.z0)
+
+
 def small(**more) -> SampleConfig:
     settings = {"num_steps": 3, "frames": 5, "height": 32, "width": 32} | more
     return SampleConfig(prompts="assets/prompts/held_out.txt", out="nowhere", **settings)

@@ -9,8 +9,10 @@ which others share its rank or micro-batch.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -21,6 +23,7 @@ from vggrpo import sampler
 from vggrpo.config import SamplingConfig
 from vggrpo.flow import Gaussian, Latent, Time, Velocity, kl_divergence, log_prob, sde_step
 from vggrpo.guidance import classifier_free
+from vggrpo.memory import Agree, OutOfMemory, agreed, halved
 from vggrpo.types import Condition, Replay, Rollout, Shift, Streams
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +55,7 @@ class FlowPolicy:
         cfg: SamplingConfig,
         reference: Network | None = None,
         keep_means: bool = False,
+        agree: Agree = bool,
     ) -> None:
         """A policy over `network`, which stays the caller's: prepare it for the launch first.
 
@@ -62,16 +66,33 @@ class FlowPolicy:
             cfg: grid, window, noise, guidance, micro-batches.
             reference: what KL is measured against, `frozen_copy(network)` or `lora_off(network)`. None: KL is 0.
             keep_means: remember each step's mean, one more fp32 latent per step; RatioNorm needs it.
+            agree: asked after every micro-batch of a rollout (`Run.agree`).
         """
         self.network, self.reference = network, reference
         self.encode, self.latent_shape = encode, tuple(latent_shape)
-        self.cfg, self.keep_means = cfg, keep_means
+        self.cfg, self.keep_means, self.agree = cfg, keep_means, agree
+        self.micro_batch = cfg.micro_batch
         self.grid = sampler.time_grid(cfg.num_steps, cfg.shift)
         self.sde = sde_step(cfg.sde)
 
     @torch.no_grad()
     def rollout(self, cond: Condition, group_size: int, generator: Streams) -> Rollout:
-        """Draw K = `group_size` samples for each of B conditions. Members that share their noise part at the window."""
+        """Draw K = `group_size` samples for each of B conditions. Members that share their noise part at the window.
+
+        Out of memory, it begins again with half the micro-batch, and keeps to it: the result is that of a policy which
+        had the smaller one from the start.
+
+        Raises:
+            ValueError: one video does not fit in memory.
+        """
+        while True:
+            try:
+                return self._rollout(cond, group_size, generator)
+            except OutOfMemory:
+                self.micro_batch = halved(self.micro_batch, "sampling.micro_batch")
+                print(f"out of memory in a rollout: micro-batches of {self.micro_batch} now", file=sys.stderr)
+
+    def _rollout(self, cond: Condition, group_size: int, generator: Streams) -> Rollout:
         B, K, cfg = len(cond), group_size, self.cfg
         steps = cfg.window.steps(generator.iteration, cfg.num_steps)
         streams = [generator.member(b, k) for b in range(B) for k in range(K)]
@@ -85,8 +106,9 @@ class FlowPolicy:
         c, negative = c[to_videos], negative[to_videos]
 
         means: list[Tensor] = []
-        walks = [
-            sampler.rollout(
+
+        def walk(part: slice) -> sampler.Trajectory:
+            return sampler.rollout(
                 self._velocity(self.network, c[part], negative[part]),
                 z[part],
                 self.grid[steps.start :],
@@ -96,8 +118,8 @@ class FlowPolicy:
                 streams[part],
                 dtype=getattr(torch, cfg.storage),
             )
-            for part in self.chunks(B * K)
-        ]
+
+        walks = [agreed(partial(walk, part), self.agree) for part in self.chunks(B * K)]
         trajectory = FlowTrajectory(
             steps=steps,
             states=torch.cat([walk.states for walk in walks], dim=1),
@@ -107,6 +129,14 @@ class FlowPolicy:
         )
         z0 = torch.cat([walk.z0 for walk in walks]).view(B, K, *self.latent_shape)
         return Rollout(cond, z0, torch.cat([walk.log_prob for walk in walks]).view(B, K, len(steps)), trajectory)
+
+    @torch.no_grad()
+    def sample(self, cond: Condition, generator: Streams) -> Float[Tensor, "B *latent"]:
+        """One video for each of B conditions, by the ODE alone."""
+        B = len(cond)
+        c, negative = self.encode(cond), self.encode(Condition(prompt=[self.cfg.negative_prompt] * B))
+        whole = range(self.cfg.num_steps, self.cfg.num_steps)
+        return self._to_window([generator.member(b, 0) for b in range(B)], c, negative, whole)
 
     def replay(self, rollout: Rollout) -> Iterator[Replay]:
         """Every trained step, `micro_batch` videos at a time, in the rollout's own chunks."""
@@ -150,14 +180,15 @@ class FlowPolicy:
         """Noise from `streams`, walked along the ODE to where the window begins."""
         z = sampler.normal((len(streams), *self.latent_shape), streams).to(c.device)
         grid = self.grid[: steps.start + 1]
-        parts = self.chunks(len(z))
-        return torch.cat(
-            [sampler.ode_sample(self._velocity(self.network, c[p], negative[p]), z[p], grid) for p in parts]
-        )
+
+        def walk(part: slice) -> Tensor:
+            return sampler.ode_sample(self._velocity(self.network, c[part], negative[part]), z[part], grid)
+
+        return torch.cat([agreed(partial(walk, part), self.agree) for part in self.chunks(len(z))])
 
     def chunks(self, num: int) -> list[slice]:
         """`num` videos in micro-batches."""
-        size = self.cfg.micro_batch
+        size = self.micro_batch
         return [slice(i, min(i + size, num)) for i in range(0, num, size)]
 
     def _recorded(self, means: list[Tensor]) -> Callable[[Latent, Latent, Time, Time, float], Gaussian]:

@@ -4,6 +4,7 @@
 `pipe.load_lora_weights(folder)`. `comfyui.safetensors` has the names of Wan's first release and an alpha for each map.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,20 +34,23 @@ def add_lora(transformer: WanTransformer3DModel, size: LoraSize) -> None:
     transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=TARGETS))
 
 
-def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
+def save_lora(transformer: WanTransformer3DModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write both files.
+
+    Args:
+        weights: in place of the transformer's own, by the names of its parameters: an average, or what was cut up.
 
     Raises:
         ValueError: the transformer has no adapters.
     """
     if not getattr(transformer, "peft_config", None):
         raise ValueError("the transformer has no LoRA to save: add_lora comes first")
-    weights = get_peft_model_state_dict(transformer)
+    chosen = get_peft_model_state_dict(transformer, None if weights is None else dict(weights))
     WanPipeline.save_lora_weights(
-        folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
+        folder, transformer_lora_layers=chosen, **_collate_lora_metadata({"transformer": transformer})
     )
     (config,) = transformer.peft_config.values()
-    save_file(native_names(weights, float(config.lora_alpha)), folder / COMFYUI)
+    save_file(native_names(chosen, float(config.lora_alpha)), folder / COMFYUI)
 
 
 def native_names(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

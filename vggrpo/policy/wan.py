@@ -84,15 +84,18 @@ def own_shift(folder: Path) -> float:
     return float(shift)
 
 
-def cached_prompts(encoders: Encoders, prompts: Sequence[str]) -> Encoder:
-    """The embeddings of these prompts, kept on the CPU so that the encoder can go; no other can be asked for."""
+def cached_prompts(encoders: Encoders, prompts: Sequence[str], device: torch.device | str = "cpu") -> Encoder:
+    """The embeddings of these prompts, so that the encoder can go; no other can be asked for.
+
+    They are kept on the CPU, and handed out on `device`.
+    """
     known = {prompt: encoders.text([prompt])[0].float().cpu() for prompt in dict.fromkeys(prompts)}
 
     def encode(cond: Condition) -> Tensor:
         for prompt in cond.prompt:
             if prompt not in known:
                 raise ValueError(f"the prompt {prompt!r} was not encoded beforehand")
-        return torch.stack([known[prompt] for prompt in cond.prompt])
+        return torch.stack([known[prompt] for prompt in cond.prompt]).to(device)
 
     return encode
 

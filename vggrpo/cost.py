@@ -1,0 +1,160 @@
+"""What an iteration costs, from formulas: evaluations of the network, floating-point operations, bytes.
+
+    N   tokens of a video: L h w over the patch                       d, f    width, width of the feed-forward layer
+    M   tokens of a prompt                                            n       videos of this rank: B K over the ranks
+    r   rank of the LoRA, on q, k, v and out of both attentions       layers  blocks
+
+Operations of a Wan forward pass, per video; a product of [a, b] and [b, c] is 2abc of them:
+    block   N (12 d^2 + 4 d f) + 4 M d^2 + 4 N^2 d + 4 N M d          self- and cross-attention, feed-forward
+    LoRA    4 r d (6 N + 2 M)                                         six maps of N tokens and two of M
+    ends    patch and output 2 N d (p_in + p_out), text 2 M d (text_dim + d), time 2 d (freq_dim + 7 d)
+The backward pass multiplies by every weight once more to reach the LoRA further down (frozen weights have no gradient),
+but not beneath the first block's q, k and v, nor into the text; it costs 2.5 times the attention, which is computed
+again, and twice the LoRA. Gradient checkpointing adds a forward pass.
+
+Bytes at the peak, which is a replayed micro-batch with its graph, in fp32:
+    frozen weights 4 each; trained weights 16 each (weight, gradient, two moments), 20 with an average
+    saved for the backward pass, floats per video and block:
+        N (14 d + f + 6 r + 9 + 2 heads) + M (3 d + 2 r)              or N d alone, and one block, with checkpointing
+    states of the trained steps, (S + 1) n latents; z0, and the reference's velocity in flight
+What the allocator wastes and what libraries hold is not in it, nor is the latent geometry model's own working memory.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vggrpo.config import GrpoConfig, SamplingConfig
+
+FLOAT = 4
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Wan transformer with LoRA, and the video that it is given."""
+
+    layers: int
+    heads: int
+    d: int
+    f: int
+    text_dim: int
+    freq_dim: int
+    patch_in: int
+    """Numbers that make a token."""
+    patch_out: int
+    N: int
+    M: int
+    r: int
+
+    @staticmethod
+    def of(config: Mapping[str, Any], latent: tuple[int, int, int, int], M: int, r: int) -> "Shape":
+        """From the transformer's config.json and (C, L, h, w)."""
+        C, L, h, w = latent
+        p = config["patch_size"]
+        volume = math.prod(p)
+        d = config["num_attention_heads"] * config["attention_head_dim"]
+        N = (L // p[0]) * (h // p[1]) * (w // p[2])
+        out = config.get("out_channels") or C
+        return Shape(
+            config["num_layers"], config["num_attention_heads"], d, config["ffn_dim"], config["text_dim"],
+            config["freq_dim"], C * volume, out * volume, N, M, r,
+        )  # fmt: skip
+
+    @property
+    def num_frozen(self) -> int:
+        """Parameters of the transformer itself."""
+        d, f = self.d, self.f
+        attention = 4 * (d * d + d) + 2 * d
+        block = 2 * attention + 2 * d * f + f + d + 2 * d + 6 * d  # with the norm before cross-attention
+        ends = d * self.patch_in + d + self.patch_out * d + self.patch_out + 2 * d
+        text = self.text_dim * d + d + d * d + d
+        time = self.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
+        return self.layers * block + ends + text + time
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters of the LoRA: eight maps of d x d in a block."""
+        return self.layers * 8 * 2 * self.d * self.r
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Evaluations of one video, on one rank, in one iteration; guidance counts twice."""
+
+    rollout: int
+    replay: int
+    """With a graph."""
+    reference: int
+    geometry: int
+
+
+def evaluations(sampling: SamplingConfig, grpo: GrpoConfig, num_prompts: int, num_members: int, begin: int) -> Counts:
+    """Of an iteration on a rank that holds `num_prompts` x `num_members` videos.
+
+    Args:
+        begin: first step of the window; with shared noise the steps before it run once per group.
+    """
+    n, twice = num_prompts * num_members, 1 if sampling.guidance_scale in (0, 1) else 2
+    before = num_prompts if sampling.share_noise else n
+    steps = begin * before + (sampling.num_steps - begin) * n
+    replay = sampling.window.size * n * twice * grpo.num_updates
+    return Counts(steps * twice, replay, replay if grpo.beta > 0 else 0, n)
+
+
+def forward_flops(shape: Shape) -> int:
+    """Of one video."""
+    d, N, M = shape.d, shape.N, shape.M
+    ends = 2 * N * d * (shape.patch_in + shape.patch_out)
+    text = 2 * M * d * (shape.text_dim + d)
+    time = 2 * d * (shape.freq_dim + 7 * d)
+    return shape.layers * (_maps(shape) + 4 * M * d * d + _attention(shape) + _lora(shape)) + ends + text + time
+
+
+def backward_flops(shape: Shape) -> float:
+    """Of one video, to the LoRA, on top of the forward pass."""
+    d, N, M, r = shape.d, shape.N, shape.M, shape.r
+    block = _maps(shape) + 2.5 * _attention(shape) + 2 * _lora(shape) - 4 * M * r * d
+    beneath = 6 * N * d * d + 6 * N * r * d
+    return shape.layers * block - beneath + 2 * N * d * shape.patch_out
+
+
+def iteration_flops(shape: Shape, counts: Counts, *, checkpointing: bool) -> float:
+    """Of all evaluations of the network; the latent geometry model's are not in it."""
+    forward = counts.rollout + counts.reference + counts.replay * (2 if checkpointing else 1)
+    return forward * forward_flops(shape) + counts.replay * backward_flops(shape)
+
+
+def saved_bytes(shape: Shape, *, checkpointing: bool = False) -> int:
+    """What a forward pass of one video keeps for its backward pass."""
+    d, N, M, r = shape.d, shape.N, shape.M, shape.r
+    block = N * (14 * d + shape.f + 6 * r + 9 + 2 * shape.heads) + M * (3 * d + 2 * r)
+    floats = shape.layers * N * d + block if checkpointing else shape.layers * block
+    return FLOAT * (floats + M * d)
+
+
+def peak_bytes(
+    shape: Shape, sampling: SamplingConfig, latent: tuple[int, int, int, int], num_videos: int, *, averaged: bool
+) -> int:
+    """Of one rank that holds the whole model and `num_videos` of the batch; the geometry model comes on top."""
+    micro = min(sampling.micro_batch, num_videos)
+    twice = 1 if sampling.guidance_scale in (0, 1) else 2
+    size = math.prod(latent)
+    kept = (sampling.window.size + 1) * num_videos * size * (4 if sampling.storage == "float32" else 2)
+    weights = FLOAT * shape.num_frozen + FLOAT * (5 if averaged else 4) * shape.num_trained
+    graph = micro * twice * saved_bytes(shape, checkpointing=sampling.gradient_checkpointing)
+    return weights + graph + kept + 3 * FLOAT * num_videos * size
+
+
+def _maps(shape: Shape) -> int:
+    """Of a block's tokens: q, k, v and out, q and out again, the feed-forward layer."""
+    return shape.N * (12 * shape.d**2 + 4 * shape.d * shape.f)
+
+
+def _attention(shape: Shape) -> int:
+    return 4 * shape.N * shape.d * (shape.N + shape.M)
+
+
+def _lora(shape: Shape) -> int:
+    return 4 * shape.r * shape.d * (6 * shape.N + 2 * shape.M)

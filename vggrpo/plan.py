@@ -1,0 +1,179 @@
+"""`vggrpo plan`: what a recipe asks for and what it will cost, before anything long is begun.
+
+The formulas are those of `cost.py`. Time is the cost of one and of two blocks with the recipe's own widths, tokens and
+micro-batch, measured here and scaled; where even that would take long, operations over the rate of one product.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vggrpo.build import build, chosen_rewards
+from vggrpo.check import check
+from vggrpo.config import LaunchConfig, Recipe, VideoConfig
+from vggrpo.control import is_control
+from vggrpo.cost import Counts, Shape, evaluations, forward_flops, iteration_flops, peak_bytes
+from vggrpo.runtime import Share, share_of
+
+LONG = 3e11
+"""Operations of one block and micro-batch from which on it is not measured."""
+
+
+def planned(recipe: Recipe) -> list[str]:
+    """The plan, without a model's weights being read.
+
+    Raises:
+        ValueError: a file that is missing, a reward that is not known, a batch that the processes cannot share.
+    """
+    mine, ranks = _share(recipe), _ranks(recipe)
+    b, k = mine.prompts.stop - mine.prompts.start, mine.members.stop - mine.members.start
+    grpo, sampling = recipe.grpo, recipe.sampling
+    window = sampling.window.steps(0, sampling.num_steps)
+    counts = evaluations(sampling, grpo, b, k, window.start)
+    place = "random" if sampling.window.kind == "random" else f"from step {window.start}"
+    common = [
+        f"batch        {grpo.num_prompts} prompts x {grpo.group_size} on {ranks} process(es): {b} x {k} videos on each",
+        f"sampling     {sampling.num_steps} steps, {len(window)} of them trained ({sampling.window.kind}, {place}), "
+        f"guidance {sampling.guidance_scale:g}",
+        f"run          {grpo.num_iterations} iterations, {grpo.num_updates} update(s) each",
+        f"evaluations  rollout {counts.rollout}, replay {counts.replay}, reference {counts.reference} of one video, "
+        f"geometry {counts.geometry}; an iteration, a process",
+    ]
+    if recipe.video is None:
+        return ["model        the mixture, in two dimensions", *common]
+    return _video(recipe, recipe.video, counts, b * k, common)
+
+
+def share(recipe: Recipe) -> Recipe:
+    """The recipe of what one of its processes does, for one process; a group is still a group."""
+    mine = _share(recipe)
+    b, k = mine.prompts.stop - mine.prompts.start, max(mine.members.stop - mine.members.start, 2)
+    return replace(recipe, grpo=replace(recipe.grpo, num_prompts=b, group_size=k), launch=LaunchConfig())
+
+
+def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """One iteration of one process without its update, and what it found wrong (`check.check`)."""
+    parts = build(recipe)
+    report = check(
+        parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
+    )
+    told = [f"measured     {line}" for line in report.lines()]
+    return [*told, f"measured     {sum(report.clock.seconds.values()):.2f} s an iteration, the first"], report.problems
+
+
+def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str]) -> list[str]:
+    from vggrpo.data import read_prompts
+    from vggrpo.policy.wan import latent_shape
+    from vggrpo.stitch.load import load_lgm
+
+    folder, sampling = Path(video.model), recipe.sampling
+    prompts = read_prompts(video.prompts)
+    if not is_control(recipe.grpo.weights):
+        chosen_rewards(recipe.grpo.weights, video.dynamic_threshold)
+    latent = latent_shape(folder, video.frames, video.height, video.width)
+    path = folder / "transformer" / "config.json"
+    if not path.is_file() or not list(path.parent.glob("*.safetensors")):
+        raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
+    config = json.loads(path.read_text())
+    shape = Shape.of(config, latent, video.max_len, video.lora.rank)
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
+    at_once = "x".join(map(str, (video.frames, video.height, video.width)))
+    peak = peak_bytes(shape, sampling, latent, num_videos, averaged=False)
+    flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds, how = _seconds(config, shape, recipe, video, latent, counts, num_videos, device)
+    return [
+        f"model        {folder}: {shape.num_frozen:,} parameters, and {shape.num_trained:,} of a LoRA to train",
+        f"geometry     {video.lgm}: {sum(p.numel() for p in lgm.parameters()):,} parameters",
+        f"video        {at_once}, latents {'x'.join(map(str, latent))}: {shape.N} tokens; {len(prompts)} prompts of at "
+        f"most {shape.M}",
+        *common,
+        f"operations   {flops / 1e12:.3g} T an iteration, {forward_flops(shape) / 1e12:.3g} T a forward pass",
+        f"memory       {peak / 2**20:,.0f} MiB at an update's peak, without libraries and the geometry model's own",
+        f"time         {seconds:.3g} s an iteration on {device}, without the geometry model ({how}); "
+        f"{seconds * recipe.grpo.num_iterations / 3600:.3g} h in all",
+    ]
+
+
+def _seconds(
+    config: dict[str, Any],
+    shape: Shape,
+    recipe: Recipe,
+    video: VideoConfig,
+    latent: tuple[int, int, int, int],
+    counts: Counts,
+    num_videos: int,
+    device: str,
+) -> tuple[float, str]:
+    """Seconds of an iteration's evaluations, and how that is known."""
+    sampling = recipe.sampling
+    micro = min(sampling.micro_batch, num_videos)
+    if forward_flops(shape) / shape.layers * micro > LONG:
+        rate = _rate(shape, device)
+        total = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
+        return total / rate, f"{rate / 1e9:,.0f} G operations/s, as measured in one product"
+    one, two = (_measured(config, n, video, latent, micro, device) for n in (1, 2))
+    forward, backward = (a + (shape.layers - 1) * max(b - a, 0.0) for a, b in zip(one, two, strict=True))
+    again = counts.replay * forward if sampling.gradient_checkpointing else 0.0
+    plain = counts.rollout + counts.reference
+    return plain * forward + counts.replay * backward + again, "one and two of its blocks were measured"
+
+
+def _measured(
+    config: dict[str, Any], layers: int, video: VideoConfig, latent: tuple[int, ...], micro: int, device: str
+) -> tuple[float, float]:
+    """Seconds per video: a forward pass without a graph, and one with its backward pass."""
+    from diffusers import WanTransformer3DModel
+
+    from vggrpo.policy.lora import add_lora
+    from vggrpo.policy.wan import wan_velocity
+
+    transformer: nn.Module = WanTransformer3DModel.from_config(config | {"num_layers": layers})
+    add_lora(transformer, video.lora)
+    transformer = transformer.to(device)
+    z = torch.randn(micro, *latent, device=device)
+    text = torch.randn(micro, video.max_len, config["text_dim"], device=device)
+    t = torch.full((micro,), 0.5, device=device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            wan_velocity(transformer, z, t, text)
+
+    def both() -> None:
+        wan_velocity(transformer, z, t, text).square().mean().backward()
+
+    return _fastest(forward) / micro, _fastest(both) / micro
+
+
+def _rate(shape: Shape, device: str) -> float:
+    """Operations a second in a product of the feed-forward layer's size, on at most 4096 tokens."""
+    a = torch.randn(min(shape.N, 4096), shape.d, device=device)
+    b = torch.randn(shape.d, shape.f, device=device)
+    return 2 * a.shape[0] * math.prod(b.shape) / _fastest(lambda: a @ b)
+
+
+def _fastest(call: Callable[[], object], times: int = 4) -> float:
+    """The shortest of a few calls, after one that warms up: a neighbour only makes them longer."""
+    found = []
+    for _ in range(times + 1):
+        begin = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
+
+
+def _ranks(recipe: Recipe) -> int:
+    return recipe.launch.num_processes or 1
+
+
+def _share(recipe: Recipe) -> Share:
+    return share_of(0, _ranks(recipe), recipe.grpo.num_prompts, recipe.grpo.group_size)
