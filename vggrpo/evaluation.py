@@ -19,8 +19,9 @@ from vggrpo.bootstrap.assets import save_json
 from vggrpo.bootstrap.vae import decode, denormalise
 from vggrpo.data import read_prompts
 from vggrpo.evaluate.compare import compare
-from vggrpo.evaluate.judges import Value, judge
+from vggrpo.evaluate.judges import judge
 from vggrpo.evaluate.report import Pair, markdown, write_report
+from vggrpo.evaluate.value import Value
 from vggrpo.sample import SampleConfig, load_models, sample_videos
 
 SHOWN = 6

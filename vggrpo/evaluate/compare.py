@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vggrpo.evaluate.judges import Value
+from vggrpo.evaluate.value import Value
 
 CONSISTENCY = ("sampson/",)
 """Judges of geometry, by the beginning of their names: lower is better."""

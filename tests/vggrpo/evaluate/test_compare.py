@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vggrpo.evaluate.compare import compare, paired
-from vggrpo.evaluate.judges import Value
+from vggrpo.evaluate.value import Value
 
 
 def videos(count=60, sampson=0.5, motion=1.0, sharpness=10.0, missing=0.0, seed=0):
