@@ -156,6 +156,7 @@ def sample(argv: Sequence[str]) -> int:
     import tyro
     from diffusers import AutoencoderKLWan
 
+    from vggrpo.animate import save_animation
     from vggrpo.bootstrap.progress import Progress
     from vggrpo.bootstrap.vae import decode, denormalise
     from vggrpo.data import read_prompts
@@ -164,16 +165,20 @@ def sample(argv: Sequence[str]) -> int:
     cfg = tyro.cli(SampleConfig, args=list(argv), prog="vggrpo sample", description=sample.__doc__)
     cfg.check()
     prompts, out, progress = read_prompts(cfg.prompts), Path(cfg.out), Progress()
-    models, records = load_models(cfg, prompts), []
+    models, records, shown = load_models(cfg, prompts), [], []
     vae = AutoencoderKLWan.from_pretrained(Path(cfg.model) / "vae", local_files_only=True).to(cfg.device).eval()
     for number, one in enumerate(sample_videos(models, prompts, cfg)):
         with torch.no_grad():
             video = decode(vae, denormalise(vae, one.z0[None]))[0].clamp(0, 1)
         save_sampled(out, number, one, (255 * video).round().byte().cpu())
         records.append(record(cfg, number, one))
+        if cfg.animate is not None:
+            shown.append({"": video.cpu()})
         (out / "samples.json").write_text(json.dumps(records, indent=2) + "\n")
         told = "  ".join(f"{name} {value:.3g}" for name, value in one.rewards.items())
         progress(f"{number + 1} of {len(prompts)} videos  {told}")
+    if cfg.animate is not None:
+        save_animation(cfg.animate, shown, columns=4)
     print(f"wrote {out}")
     return 0
 
@@ -188,9 +193,13 @@ def score(argv: Sequence[str]) -> int:
     from vggrpo.score import score as score_one
 
     cfg = tyro.cli(ScoreConfig, args=list(argv), prog="vggrpo score", description=score.__doc__)
-    model = load_model(cfg)
+    model, panel = load_model(cfg), None
+    if cfg.judges:
+        from vggrpo.evaluate.panel import load_panel
+
+        panel = load_panel(cfg.referee, None, sfm=True)
     for name, video in found_videos(cfg):
-        scene, said = score_one(video, model, judges=cfg.judges)
+        scene, said = score_one(video, model, panel)
         print(json.dumps({"video": name} | said))
         if cfg.out is not None:
             write(cfg, name, video, scene, said)
@@ -198,14 +207,32 @@ def score(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Base against tuned by judges that no reward knows: same prompts, same noise; JSON lines, Markdown and HTML."""
+    """Models against their base by judges that no reward knows: same prompts, same noise; JSON, Markdown and HTML.
+
+    --run FOLDER judges a run's checkpoints instead; --self-test tries the judges themselves on faults that are known
+    (status 1 if one is missed). Both have a --help of their own.
+    """
     import tyro
 
     from vggrpo.bootstrap.progress import Progress
-    from vggrpo.evaluation import EvaluateConfig, evaluate_lora
 
-    cfg = tyro.cli(EvaluateConfig, args=list(argv), prog="vggrpo evaluate", description=evaluate.__doc__)
-    print(evaluate_lora(cfg, Progress()))
+    words = list(argv)
+    named: dict[str, Any] = {"prog": "vggrpo evaluate", "description": evaluate.__doc__}
+    if "--self-test" in words:
+        from vggrpo.evaluate.selftest import SelfTestConfig, self_test
+
+        words.remove("--self-test")
+        text, wrong = self_test(tyro.cli(SelfTestConfig, args=words, **named), Progress())
+        print(text)
+        return 1 if wrong else 0
+    if any(word == "--run" or word.startswith("--run=") for word in words):
+        from vggrpo.curve import CurveConfig, evaluate_run
+
+        print(evaluate_run(tyro.cli(CurveConfig, args=words, **named), Progress()))
+        return 0
+    from vggrpo.evaluation import EvaluateConfig, evaluate_models
+
+    print(evaluate_models(tyro.cli(EvaluateConfig, args=words, **named), Progress()))
     return 0
 
 

@@ -10,6 +10,7 @@ Two ways to spend compute in place of training: best-of-n by reward, and guidanc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,27 +22,20 @@ from torch import Tensor, nn
 from geometry.latent import LatentGeometryModel
 from geometry.types import Geometry
 from rewards import DEFAULT, PAPER, REWARDS
+from vggrpo.animate import check_animation
 from vggrpo.grpo import group_advantage
-from vggrpo.guidance import classifier_free, guided
+from vggrpo.guidance import guided
 from vggrpo.policy.flow_policy import Encoder
-from vggrpo.sampler import normal, ode_sample, time_grid
+from vggrpo.sampler import draw, normal, time_grid
 from vggrpo.types import Condition, Streams
 
 SETS: dict[str, dict[str, float]] = {"default": DEFAULT, "paper": PAPER}
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """What is sampled, and how."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How videos are drawn, from whatever model."""
 
-    prompts: str
-    """Text file, one prompt on each line."""
-    out: str
-    """Folder of the videos."""
-    model: str = "assets/tiny-wan"
-    """Wan folder in diffusers layout."""
-    lora: str | None = None
-    """Folder of a LoRA, as `vggrpo train` and `vggrpo sft` write it."""
     geometry: str = "assets/tiny-geometry"
     """The geometry model whose tail the latent geometry model uses."""
     lgm: str = "assets/tiny-lgm"
@@ -62,12 +56,8 @@ class SampleConfig:
     """Classifier-free guidance; 1 is none."""
     negative_prompt: str = ""
     """What it moves away from."""
-    guidance_geometry: float = 0.0
-    """Scale of the reward's gradient; 0 is none."""
     guide_every: int = 4
     """Steps between two that are guided by geometry."""
-    best_of: int = 1
-    """Candidates for each prompt; the one whose rewards are best is kept."""
     rewards: Literal["default", "paper"] = "default"
     """Which rewards choose and guide."""
     seed: int = 0
@@ -78,8 +68,35 @@ class SampleConfig:
     def check(self) -> None:
         """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
         time_grid(self.num_steps, 1.0 if self.shift is None else self.shift)
-        if self.best_of < 1 or self.guide_every < 1 or self.guidance_geometry < 0:
-            raise ValueError("best_of and guide_every must be >= 1, and guidance_geometry >= 0")
+        if self.guide_every < 1:
+            raise ValueError(f"guide_every must be >= 1, got {self.guide_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Drawing):
+    """What is sampled, and how."""
+
+    prompts: str
+    """Text file, one prompt on each line."""
+    out: str
+    """Folder of the videos."""
+    model: str = "assets/tiny-wan"
+    """Wan folder in diffusers layout."""
+    lora: str | None = None
+    """Folder of a LoRA, as `vggrpo train` and `vggrpo sft` write it."""
+    guidance_geometry: float = 0.0
+    """Scale of the reward's gradient; 0 is none."""
+    best_of: int = 1
+    """Candidates for each prompt; the one whose rewards are best is kept."""
+    animate: str | None = None
+    """Also all videos side by side, moving: a .gif, .webp or .png."""
+
+    def check(self) -> None:
+        """Raises ValueError, as `Drawing.check`."""
+        super().check()
+        if self.best_of < 1 or self.guidance_geometry < 0:
+            raise ValueError("best_of must be >= 1, and guidance_geometry >= 0")
+        check_animation(self.animate)
 
 
 class Models(NamedTuple):
@@ -122,13 +139,17 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     cfg.check()
     folder = Path(cfg.model)
     shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
+    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
     transformer = load_transformer(folder)
+    for side, patch, name in zip(shape[2:], transformer.config.patch_size[1:], ("height", "width"), strict=True):
+        if side % patch:
+            given = getattr(cfg, name)
+            raise ValueError(f"{name} must be a multiple of {given // side * patch} for {folder}, got {given}")
     if cfg.lora is not None:
         if not (Path(cfg.lora) / WEIGHTS).is_file():
             raise ValueError(f"{cfg.lora} has no {WEIGHTS}: it is not the folder of a LoRA")
         transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=WEIGHTS)
     encode = cached_prompts(load_encoders(folder, cfg.max_len, cfg.device), [*prompts, cfg.negative_prompt])
-    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
     network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
     grid = time_grid(cfg.num_steps, own_shift(folder) if cfg.shift is None else cfg.shift)
     return Models(network, encode, lgm, shape, grid)
@@ -140,19 +161,13 @@ def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iter
     for b, prompt in enumerate(prompts):
         streams = [Streams(cfg.seed, 0).member(b, k) for k in range(cfg.best_of)]
         z = normal((cfg.best_of, *models.latent_shape), streams).to(cfg.device)
-        under, negative = (
-            models.encode(Condition([text])).to(cfg.device).expand(cfg.best_of, -1, -1)
-            for text in (prompt, cfg.negative_prompt)
-        )
-
-        def bound(text: Tensor) -> Any:
-            return lambda z_t, t: models.network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), text)
-
-        velocity = classifier_free(bound(under), bound(negative), cfg.guidance_scale)
+        under, negative = (models.encode(Condition([text])).to(cfg.device) for text in (prompt, cfg.negative_prompt))
+        by_reward = None
         if cfg.guidance_geometry > 0:
-            velocity = guided(velocity, _total(models.lgm, weights), cfg.guidance_geometry, grid, cfg.guide_every)
+            reward = _total(models.lgm, weights)
+            by_reward = partial(guided, reward=reward, scale=cfg.guidance_geometry, grid=grid, every=cfg.guide_every)
+        z0 = draw(models.network, z, under, negative, grid, cfg.guidance_scale, by_reward)
         with torch.no_grad():
-            z0 = ode_sample(velocity, z, grid)
             scene = models.lgm(z0)
             scores = {name: REWARDS[name](scene) for name in weights}
         chosen = best(scores, weights)

@@ -6,7 +6,7 @@ its window begins: walk that one there, `ode_sample(velocity, z, grid[: steps.st
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vggrpo.flow import Gaussian, Latent, SdeStep, Velocity, euler_step, heun_step, log_prob
+from vggrpo.flow import Gaussian, Latent, SdeStep, Time, Velocity, euler_step, heun_step, log_prob
+from vggrpo.guidance import classifier_free
 
 Randomness = torch.Generator | Sequence[torch.Generator]
 """One generator, or one per sample: then a sample's noise does not depend on which rank or batch it is in."""
@@ -129,6 +130,32 @@ def ode_sample(velocity: Velocity, z: Latent, grid: Float[Tensor, " times"], sol
     for t, t_next in itertools.pairwise(grid):
         z = heun_step(velocity, z, t, t_next) if solver == "heun" else euler_step(z, velocity(z, t), t, t_next)
     return z
+
+
+@torch.no_grad()
+def draw(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z: Float[Tensor, "n *latent"],
+    text: Float[Tensor, "m tokens channels"],
+    negative: Float[Tensor, "o tokens channels"],
+    grid: Float[Tensor, " times"],
+    guidance_scale: float,
+    change: Callable[[Velocity], Velocity] | None = None,
+) -> Float[Tensor, "n *latent"]:
+    """Samples of a network (z_t [n *latent], t [n], text [n ...]) -> v from the noise z: Euler steps of the guided ODE.
+
+    `text` and `negative`, what the samples move towards and away from, are one for all samples or one for each.
+    `change` makes another velocity of the guided one: guidance by reward, for one.
+    """
+
+    def under(told: Tensor) -> Velocity:
+        def velocity(z_t: Latent, t: Time) -> Latent:
+            return network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), told.expand(len(z_t), -1, -1))
+
+        return velocity
+
+    velocity = classifier_free(under(text), under(negative), guidance_scale)
+    return ode_sample(velocity if change is None else change(velocity), z, grid)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+import tyro
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geometry.reproject import dynamic_mask
@@ -20,9 +21,14 @@ from geometry.types import Geometry, GeometryModel
 from rewards import REWARDS, motion_errors, reprojection_errors
 from vggrpo.data import SUFFIXES, DataConfig, read_frames, read_video
 
+if TYPE_CHECKING:  # judges bring OpenCV and pycolmap, which rewards do without
+    from vggrpo.evaluate.panel import Panel
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SHOWN = 6
 """Frames in the strips of a plot."""
+MOVING = (1.0, 0.43, 0.08)
+"""Orange, in the mask of what moves."""
 MOVES = 0.004
 """Scene flow, in median depths, from which on a pixel counts as moving: what the rewards take."""
 
@@ -31,7 +37,7 @@ MOVES = 0.004
 class ScoreConfig:
     """What is scored, and with what."""
 
-    videos: tuple[str, ...]
+    videos: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Video files, folders of videos, or folders of one video's frames."""
     through: Literal["rgb", "latent"] = "rgb"
     """"rgb": the geometry model sees the frames. "latent": the latent one sees what the VAE makes of them."""
@@ -53,6 +59,8 @@ class ScoreConfig:
     """See `height`."""
     judges: bool = False
     """Also what the judges say, which no reward knows."""
+    referee: str | None = None
+    """Folder of a second geometry model for them, such as assets/tiny-referee for videos of the embedded world."""
     plot: bool = False
     """Write a picture."""
     ply: bool = False
@@ -63,6 +71,12 @@ class ScoreConfig:
     def check(self) -> None:
         """Raises ValueError for what cannot be; not when built, so that the command line can say it in one line."""
         DataConfig(videos="", frames=self.frames, every=self.every, height=self.height, width=self.width)
+        if self.frames < 5:
+            raise ValueError(f"one frame has no motion to score: frames must be >= 5, got {self.frames}")
+        if self.through == "latent":
+            from vggrpo.policy.wan import latent_shape
+
+            latent_shape(Path(self.model), self.frames, self.height, self.width)
         if not self.videos:
             raise ValueError("name at least one video, or a folder of them")
         if self.out is None and (self.plot or self.ply or self.rerun):
@@ -115,15 +129,17 @@ def found_videos(cfg: ScoreConfig) -> Iterator[tuple[str, Float[Tensor, "T 3 H W
 
 
 @torch.no_grad()
-def score(video: Float[Tensor, "T 3 H W"], model: GeometryModel, *, judges: bool) -> tuple[Geometry, dict[str, Any]]:
-    """Its geometry, and what is said of it; JSON has no NaN, so what cannot be scored is None."""
+def score(
+    video: Float[Tensor, "T 3 H W"], model: GeometryModel, panel: "Panel | None" = None
+) -> tuple[Geometry, dict[str, Any]]:
+    """Its geometry, and what is said of it; JSON has no NaN, so what cannot be scored is None, or why."""
     scene = model(video[None]).map(lambda x: x[0])
     said: dict[str, Any] = {"rewards": {name: _plain(float(fn(scene))) for name, fn in REWARDS.items()}}
     said["moving_pixels"] = float(dynamic_mask(scene, MOVES * float(scene.depth.median())).float().mean())
-    if judges:
-        from vggrpo.evaluate.judges import judge
+    if panel is not None:
+        from vggrpo.evaluate.panel import ask
 
-        said["judges"] = {name: x.reason or _plain(x.value) for name, x in judge(video).items()}
+        said["judges"] = {name: x.reason or _plain(x.value) for name, x in ask(panel, video).items()}
     return scene, said
 
 
@@ -159,26 +175,41 @@ def plot(path: Path, name: str, video: Float[Tensor, "T 3 H W"], scene: Geometry
         rows[0][column].imshow(video[i].movedim(0, -1).clamp(0, 1).numpy())
         rows[0][column].set_title(f"frame {i}", fontsize=8)
         rows[1][column].imshow((unit / scene.depth[i]).clamp(0, 3).numpy(), cmap="magma", vmin=0, vmax=2.5)
-        rows[2][column].imshow(moving[i].numpy(), cmap="gray", vmin=0, vmax=1)
+        grey = 0.25 + 0.6 * video[i].mean(0, keepdim=True).clamp(0, 1).expand(3, -1, -1)
+        tint = moving[i] if moving.shape[-2:] == video.shape[-2:] else _enlarged(moving[i], video)
+        marked = torch.where(tint, 0.35 * grey + 0.65 * grey.new_tensor(MOVING)[:, None, None], grey)
+        rows[2][column].imshow(marked.movedim(0, -1).numpy())
     for axis, words in zip(rows[:, 0], ("video", "nearness", "moves by itself"), strict=True):
         axis.set_ylabel(words, fontsize=8)
     for axis in rows.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    left, right = below.subplots(1, 2)
-    centres, ahead = (scene.c2w[:, :3, 3] / unit).numpy(), scene.c2w[:, :3, 2].numpy()
-    left.plot(centres[:, 0], centres[:, 2], "o-", markersize=3)
-    left.quiver(centres[:, 0], centres[:, 2], ahead[:, 0], ahead[:, 2], color="grey", width=0.003, scale=12)
-    left.set(title="camera from above", xlabel="right (median depths)", ylabel="forward", aspect="equal")
-    left.margins(0.2)
+    left, right = below.subplots(1, 2, width_ratios=[2, 3])
+    centres, ahead = (scene.c2w[:, :3, 3] / unit)[:, [0, 2]], scene.c2w[:, [0, 2], 2]
+    middle, half = (centres.amax(0) + centres.amin(0)) / 2, float(max((centres.amax(0) - centres.amin(0)).max(), 0.05))
+    x, z = centres.unbind(-1)
+    left.quiver(x, z, *ahead.unbind(-1), color="lightgrey", width=0.004, scale=9)
+    left.plot(x, z, color="grey", linewidth=1)
+    left.scatter(x, z, c=range(T), cmap="viridis", s=18, zorder=3)
+    (x_low, z_low), (x_high, z_high) = (middle - 0.8 * half).tolist(), (middle + 0.8 * half).tolist()
+    left.set(xlim=(x_low, x_high), ylim=(z_low, z_high), aspect="equal")
+    left.set(title="camera from above, dark to bright", xlabel="right (median depths)", ylabel="forward")
     inner = range(1, T - 1)
     errors = motion_errors(scene)
     right.plot(inner, errors.translation.numpy(), label="jolt, translation")
     right.plot(inner, errors.rotation.numpy(), label="jolt, rotation")
     right.plot(range(T), reprojection_errors(scene).numpy(), label="reprojection error")
-    right.set(title="frame by frame", xlabel="frame", ylim=(0, None))
-    right.legend(fontsize=8)
+    right.set(title="errors frame by frame: 0 is a steady camera in one solid world", xlabel="frame", ylim=(0, None))
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=90)
+
+
+def _enlarged(mask: Bool[Tensor, "h w"], video: Float[Tensor, "T 3 H W"]) -> Bool[Tensor, "H W"]:
+    """On the video's pixels."""
+    grown = torch.nn.functional.interpolate(mask[None, None].float(), video.shape[-2:], mode="nearest")
+    return grown[0, 0] > 0.5
 
 
 def _plain(x: float) -> float | None:

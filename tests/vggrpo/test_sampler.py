@@ -1,10 +1,12 @@
 """Grids, windows and rollouts."""
 
+import itertools
+
 import pytest
 import torch
 
 from vggrpo import flow, sampler
-from vggrpo.sampler import Window, ode_sample, rollout, time_grid
+from vggrpo.sampler import Window, draw, ode_sample, rollout, time_grid
 
 GRID = time_grid(6, shift=3.0)
 
@@ -244,3 +246,24 @@ def test_one_time_alone_returns_the_latents():
     z = noise(2, 3)
     assert ode_sample(velocity, z, GRID[:1]) is z
     assert sampler.normal((2, 3), torch.Generator().manual_seed(0)).dtype == torch.float32
+
+
+def test_draw_is_the_guided_ode_of_a_network_and_its_texts():
+    """Against the loop written out; one text for all samples is the same as one for each."""
+
+    def network(z_t, t, text):
+        return z_t * t[:, None] + text.mean(1)
+
+    z, grid = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), time_grid(4, 2.0)
+    texts = torch.tensor([[[0.5, 1.0]], [[-1.0, 0.0]], [[0.0, 2.0]]])
+    negative = torch.tensor([[[0.3, 0.3]]])
+    drawn, slow = draw(network, z, texts, negative, grid, 3.0), z
+    for t, t_next in itertools.pairwise(grid.tolist()):
+        v = slow * t + negative.mean(1)
+        slow = slow + (t_next - t) * (v + 3.0 * (slow * t + texts.mean(1) - v))
+    torch.testing.assert_close(drawn, slow)
+    one = draw(network, z, texts[:1], negative, grid, 3.0)
+    torch.testing.assert_close(one, draw(network, z, texts[:1].expand(3, -1, -1), negative, grid, 3.0))
+    assert not torch.allclose(one[1:], drawn[1:])
+    still = draw(network, z, texts, negative, grid, 3.0, change=lambda velocity: lambda z_t, t: torch.zeros_like(z_t))
+    assert torch.equal(still, z)

@@ -1,6 +1,7 @@
 """The embedded video model is trained, sampled, scored and evaluated by the commands that a user types."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from vggrpo import cli
 from vggrpo.build import build, chosen_rewards
 from vggrpo.check import check
 from vggrpo.checkpoint import load_checkpoint
+from vggrpo.curve import checkpoints, parting
 from vggrpo.data import read_prompts, write_video
+from vggrpo.evaluate.compare import Comparison, Paired, Verdict
 from vggrpo.policy.wan import latent_shape, own_shift
 from vggrpo.recipe import load_recipe
 from vggrpo.sample import SampleConfig, best, load_models, sample_videos
@@ -175,20 +178,51 @@ def test_the_commands_write_what_they_promise(tuned, tmp_path, capsys):
     for through in ("rgb", "latent"):
         scored = tmp_path / through
         how = ["--through", through, "--out", str(scored), "--plot", "--judges"]
-        assert cli.main(["score", "--videos", str(out), *size, *how]) == 0
+        assert cli.main(["score", str(out), *size, *how]) == 0
         said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [one["video"] for one in said] == ["000", "001"]
         assert -1 <= said[0]["rewards"]["camera_motion_floor"] <= 0
         assert (scored / "000.png").is_file()
-    report = tmp_path / "report"
-    how = [
-        f"--sampling.{word.removeprefix('--')}" if word.startswith("--") else word
-        for word in [*size, "--num-steps", "2"]
-    ]
-    how += ["--sampling.prompts", str(few), "--sampling.out", str(report), "--sampling.lora", str(tuned)]
-    assert cli.main(["evaluate", *how]) == 0
+    report, moving = tmp_path / "report", tmp_path / "report.gif"
+    what = ["--prompts", str(few), "--out", str(report), "--lora", f"ours={tuned}", "--lora", str(tuned)]
+    what += ["--best-of", "2", "--referee", "None", "--animate", str(moving)]
+    assert cli.main(["evaluate", *what, *size, "--num-steps", "2"]) == 0
     assert {path.name for path in report.iterdir()} == {"videos.jsonl", "report.json", "report.md", "report.html"}
-    assert len((report / "videos.jsonl").read_text().splitlines()) == 4
+    lines = [json.loads(line) for line in (report / "videos.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in lines[::2]] == ["base", "ours", tuned.name, "best of 2"]
+    assert lines[2]["told"] == lines[4]["told"] != lines[0]["told"]
+    assert set(json.loads((report / "report.json").read_text())["candidates"]) == {"ours", tuned.name, "best of 2"}
+    assert moving.is_file()
+
+
+def test_the_checkpoints_of_a_run_are_judged_and_drawn(tuned, tmp_path, capsys):
+    few = tmp_path / "prompts.txt"
+    few.write_text("\n".join(prompts(*FILES["held_out"])[:2]))
+    assert sorted(checkpoints(tuned)) == [2]
+    words = ["evaluate", "--run", str(tuned), "--prompts", str(few), "--out", str(tmp_path / "curve")]
+    small_size = ["--frames", "5", "--height", "32", "--width", "32", "--num-steps", "2", "--referee", "None"]
+    assert cli.main([*words, *small_size]) == 0
+    assert "iterations 2: " in capsys.readouterr().out
+    told = json.loads((tmp_path / "curve/curve.json").read_text())
+    row = told["iterations"]["2"]["table"]["reward/motion_smoothness"]
+    assert row["difference"] != 0  # the weights were there
+    assert (tmp_path / "curve/curve.png").is_file()
+
+
+def test_where_reward_and_judges_part_is_one_line():
+    def row(low, high):
+        middle = (low + high) / 2
+        return Paired(1.0, 1.0 + middle, middle, low, high, 6, 0.0, 0.0, 0.001 if low * high > 0 else 0.5, 0.1)
+
+    def found(reward, judge):
+        table = {"reward/motion_smoothness": row(*reward), "jitter": row(*judge)}
+        return Comparison(table, table, Verdict(False, [], 1.0, 1.0, [], []))
+
+    up, down, open_ = (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)
+    assert parting({10: found(up, down), 20: found(up, up)}) == (
+        "at iteration 20 reward/motion_smoothness has risen and jitter has got worse: they part"
+    )
+    assert parting({10: found(up, open_), 20: found(open_, up), 30: found(down, up)}) is None
 
 
 @pytest.mark.parametrize(
@@ -197,10 +231,27 @@ def test_the_commands_write_what_they_promise(tuned, tmp_path, capsys):
         (["sample", "--prompts", "nowhere.txt", "--out", "x"], "no prompts at nowhere.txt"),
         (["sample", "--prompts", "README.md", "--out", "x", "--frames", "6"], "takes 4 n + 1 frames"),
         (["sample", "--prompts", "README.md", "--out", "x", "--lora", "assets"], "it is not the folder of a LoRA"),
-        (["sample", "--prompts", "README.md", "--out", "x", "--best-of", "0"], "best_of and guide_every must be >= 1"),
-        (["score", "--videos", "nowhere.mp4"], "no video at nowhere.mp4"),
-        (["score", "--videos", "README.md"], "cannot read README.md as a video"),
-        (["score", "--videos", "README.md", "--plot"], "need a folder to write to: give --out"),
+        (["sample", "--prompts", "README.md", "--out", "x", "--best-of", "0"], "best_of must be >= 1"),
+        (["sample", "--prompts", "README.md", "--out", "x", "--animate", "x.mp4"], "animate must end in .gif"),
+        (["evaluate", "--out", "x"], "nothing differs from the base: give lora, best_of or guidance_geometry"),
+        (["evaluate", "--out", "x", "--lora", "a=x", "--lora", "a=y"], "candidates need names of their own"),
+        (["evaluate", "--out", "x", "--lora", "base=x"], "other than 'base'"),
+        (["evaluate", "--out", "x", "--best-of", "1"], "best of 1 is the base itself"),
+        (["evaluate", "--out", "x", "--best-of", "2", "--num-prompts", "0"], "num_seeds and num_prompts must be >= 1"),
+        (["evaluate", "--out", "x", "--best-of", "2", "--fov", "180"], "fov must be between 0 and 180 degrees"),
+        (["evaluate", "--out", "x", "--lora", "a=assets"], "assets has no pytorch_lora_weights.safetensors"),
+        (["evaluate", "--out", "x", "--run", "assets"], "assets has no recipe.yaml: it is not the folder of a run"),
+        (["score", "nowhere.mp4"], "no video at nowhere.mp4"),
+        (["score", "README.md"], "cannot read README.md as a video"),
+        (["score", "README.md", "--plot"], "need a folder to write to: give --out"),
+        (["score", "README.md", "--frames", "6"], "frames must be 4 n + 1"),
+        (["score", "README.md", "--frames", "1"], "one frame has no motion"),
+        (["score", "README.md", "--through", "latent", "--height", "60"], "multiples of 8, got 17 of 60 x 64"),
+        (["score", "README.md", "--judges", "--referee", "assets"], "no card.json in assets"),
+        (["sample", "--prompts", "README.md", "--out", "x", "--height", "60"], "multiples of 8, got 17 of 60 x 64"),
+        (["sample", "--prompts", "README.md", "--out", "x", "--width", "40"], "width must be a multiple of 16"),
+        (["evaluate", "--out", "x", "--best-of", "2", "--frames", "6"], "takes 4 n + 1 frames"),
+        (["evaluate", "--out", "x", "--best-of", "2", "--prompts", "nowhere.txt"], "no prompts at nowhere.txt"),
         (["train", RECIPE, "video.frames=16"], "frames must be 4 n + 1"),
         (["train", RECIPE, "video.height=40"], "height must be a multiple of 16, got 40"),
         (["train", RECIPE, "video.prompts=nowhere.txt"], "no prompts at nowhere.txt"),
@@ -215,6 +266,51 @@ def test_bad_input_is_one_line(words, message, capsys, tmp_path):
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("vggrpo: ")
     assert message in said
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_an_empty_prompt_file_is_one_line(command, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    more = ["--best-of", "2"] if command == "evaluate" else []
+    words = [command, "--prompts", str(tmp_path / "empty.txt"), "--out", str(tmp_path / "out"), *more]
+    assert cli.main(words) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said == f"vggrpo: {tmp_path / 'empty.txt'} holds no prompt: write one on each line"
+
+
+@pytest.mark.parametrize(
+    ("asset", "file", "words"),
+    [
+        ("tiny-geometry", "model.safetensors", ["score", "README.md", "--geometry"]),
+        ("tiny-lgm", "lgm.safetensors", ["score", "README.md", "--through", "latent", "--lgm"]),
+        ("tiny-lgm", "lgm.safetensors", ["sample", "--prompts", "README.md", "--out", "x", "--lgm"]),
+        ("tiny-referee", "model.safetensors", ["evaluate", "--best-of", "2", "--out", "x", "--referee"]),
+    ],
+)
+def test_an_asset_with_other_bytes_than_its_card_says_is_one_line(asset, file, words, tmp_path, capsys):
+    folder = tmp_path / asset
+    shutil.copytree(ROOT / "assets" / asset, folder)
+    weights = (folder / file).read_bytes()
+    (folder / file).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert cli.main([*words, str(folder)]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"vggrpo: {folder / file} has sha256 ")
+    assert said.endswith("it was changed or damaged; restore it, or build it again")
+
+
+def test_a_corrupt_and_a_one_frame_video_are_one_line_each(tmp_path, capsys):
+    video = (255 * torch.rand(5, 3, 32, 32)).byte()
+    write_video(tmp_path / "whole.mp4", video, 8)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "corrupt.mp4").write_bytes(whole[: len(whole) // 3])
+    write_video(tmp_path / "one.mp4", video[:1], 8)
+    size = ["--frames", "5", "--height", "32", "--width", "32"]
+    for name, reason in (("corrupt", "cannot read "), ("one", "gives 1 frames, taking one in 1, and 5 are needed")):
+        assert cli.main(["score", str(tmp_path / f"{name}.mp4"), *size]) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert reason in said
+        assert f"{name}.mp4" in said
+    assert cli.main(["score", str(tmp_path / "whole.mp4"), *size]) == 0  # the control
 
 
 def test_rewards_are_chosen_by_name():

@@ -1,6 +1,6 @@
 """What the generator's samples are worth: are they sharp, and does the camera do what the caption says?
 
-Samples come from `ode_sample` on the scheduler's own grid: a test holds them to what WanPipeline gives.
+Samples come from `sampler.draw` on the scheduler's own grid: a test holds them to what WanPipeline gives.
 Whoever reads the camera's motion off a video is handed in.
 """
 
@@ -24,10 +24,8 @@ from vggrpo.bootstrap.text import TextStage, encode_prompts
 from vggrpo.bootstrap.vae import decode, denormalise
 from vggrpo.bootstrap.vae_eval import reconstruct
 from vggrpo.bootstrap.verbs_eval import Verb, read
-from vggrpo.flow import Velocity
-from vggrpo.guidance import classifier_free
-from vggrpo.policy.wan import wan_velocity
-from vggrpo.sampler import ode_sample
+from vggrpo.policy.wan import WanVelocity
+from vggrpo.sampler import draw
 
 HELD_OUT = 42_000_000
 """First seed of the captions that the card's numbers come from."""
@@ -73,16 +71,10 @@ def sample_latents(
     negative = encode_prompts(stage, [""], sampling.max_len)[0]
     grid = scheduler_grid(pipe.scheduler, sampling.num_steps)
 
-    def under(text: Float[Tensor, "b tokens channels"]) -> Velocity:
-        return lambda z, t: wan_velocity(
-            pipe.transformer, z, torch.as_tensor(t).expand(len(z)), text.expand(len(z), -1, -1)
-        )
-
-    parts = []
+    network, parts = WanVelocity(pipe.transformer), []
     for start in range(0, len(captions), AT_ONCE):
         text = encode_prompts(stage, captions[start : start + AT_ONCE], sampling.max_len)[0]
-        velocity = classifier_free(under(text), under(negative), sampling.guidance)
-        parts.append(ode_sample(velocity, noise[start : start + AT_ONCE], grid))
+        parts.append(draw(network, noise[start : start + AT_ONCE], text, negative, grid, sampling.guidance))
     return torch.cat(parts)
 
 

@@ -6,21 +6,24 @@ Whether a video model became more consistent can only be said beside how much it
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from vggrpo.evaluate.judges import Value
+from vggrpo.evaluate.value import Value
 
-CONSISTENCY = ("sampson/",)
+CONSISTENCY = ("sampson/", "sfm/reprojection", "referee/reprojection")
 """Judges of geometry, by the beginning of their names: lower is better."""
-STEADINESS = ("jitter",)
+STEADINESS = ("jitter", "referee/path_jerk", "sfm/path_jerk")
 """Judges of the camera's path: lower is better."""
 MOTION, SHARPNESS = "displacement", "sharpness"
 KEPT_MOTION, KEPT_SHARPNESS = 0.9, 0.95
 """Shares of the base's that the tuned model must keep."""
 MATCHED = (0.8, 1.25)
 """Ratio of motion, tuned to base, within which a pair counts as motion-matched."""
-RESAMPLED = 2000
+RESAMPLED = 4000
+LEVEL = 0.05
+"""Of significance; the verdict divides it by the number of judges of geometry that could have improved."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,18 @@ class Paired:
     base_na: float
     tuned_na: float
     """Share of videos that the judge has no number for."""
+    p: float
+    """Two-sided, of the bootstrap: twice the share of means on the other side of 0."""
+    sign_p: float
+    """Two-sided, of the sign test over prompts: whatever the differences' size."""
 
-    def improved(self) -> bool:
-        """Lower, and 0 is outside the interval."""
-        return self.high < 0
+    def improved(self, level: float = LEVEL) -> bool:
+        """Lower, and surely so."""
+        return self.pairs > 0 and self.difference < 0 and self.p <= level
+
+    def worsened(self, level: float = LEVEL) -> bool:
+        """Higher, and surely so."""
+        return self.pairs > 0 and self.difference > 0 and self.p <= level
 
 
 Told = Sequence[dict[str, Value]]
@@ -59,17 +70,28 @@ def paired(base: Told, tuned: Told, prompts: Sequence[int], name: str, rows: Seq
     both = np.isfinite(a) & np.isfinite(b)
     no_base, no_tuned = (float(1 - np.isfinite(x).mean()) if len(x) else math.nan for x in (a, b))
     if not both.any():
-        return Paired(math.nan, math.nan, math.nan, math.nan, math.nan, 0, no_base, no_tuned)
+        nan = math.nan
+        return Paired(nan, nan, nan, nan, nan, 0, no_base, no_tuned, nan, nan)
     difference, of = (b - a)[both], of[both]
     groups = [difference[of == prompt] for prompt in np.unique(of)]
     sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
     drawn = np.random.default_rng(0).integers(len(groups), size=(RESAMPLED, len(groups)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
+    beyond = min(int((means >= 0).sum()), int((means <= 0).sum()))
+    p = min(1.0, 2 * (beyond + 1) / (RESAMPLED + 1)) if len(groups) > 1 else 1.0  # of one prompt nothing follows
     return Paired(
         float(a[both].mean()), float(b[both].mean()), float(difference.mean()), float(low), float(high),
-        int(both.sum()), no_base, no_tuned,
+        int(both.sum()), no_base, no_tuned, p, sign_test([float(g.mean()) for g in groups]),
     )  # fmt: skip
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """Two-sided p-value of as many differences on one side of 0 as there are; 0 itself does not count."""
+    up, down = sum(x > 0 for x in differences), sum(x < 0 for x in differences)
+    n = up + down
+    tail = sum(math.comb(n, k) for k in range(min(up, down) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 def motion_matched(base: Told, tuned: Told) -> list[int]:
@@ -91,30 +113,52 @@ class Verdict:
     motion: float
     sharpness: float
     """Tuned / base, of the means."""
+    sounder: list[str]
+    """Judges of geometry that improve surely, raw and motion-matched."""
+    steadier: list[str]
+    """Judges of the camera's path that improve, with 0 outside their 95 % interval."""
 
 
 def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
-    """PASS: a judge of geometry improves significantly, raw and motion-matched, at kept motion, sharpness and N/A."""
+    """PASS: a judge of geometry improves, raw and motion-matched, at kept motion, sharpness and N/A, and none worsens.
+
+    "Surely" is at `LEVEL` over the number of judges of geometry (Bonferroni): the more are asked, the more one of them
+    improves by chance.
+    """
     motion, sharpness = (table[name].tuned / table[name].base for name in (MOTION, SHARPNESS))
-    better = [name for name in table if name.startswith(CONSISTENCY) and table[name].improved()]
+    asked = [name for name in table if name.startswith(CONSISTENCY) and table[name].pairs]
+    level = LEVEL / max(len(asked), 1)
+    better = [name for name in asked if table[name].improved(level)]
+    sounder = [name for name in better if matched[name].improved()]
     reasons = []
     if not better:
-        reasons.append("no judge of geometry improves with a confidence interval below 0")
-    elif not any(matched[name].improved() for name in better):
+        reasons.append(f"no judge of geometry improves surely (p <= {level:.3g} for each of {len(asked)})")
+    elif not sounder:
         reasons.append(f"{', '.join(better)} improve, but not among videos that move as much as before")
     if not motion >= KEPT_MOTION:
         reasons.append(f"motion is {motion:.2f} of the base's, less than {KEPT_MOTION}")
     if not sharpness >= KEPT_SHARPNESS:
         reasons.append(f"sharpness is {sharpness:.2f} of the base's, less than {KEPT_SHARPNESS}")
+    reasons += [f"{name} worsens surely" for name in asked if table[name].worsened(level)]
     reasons += [
         f"{name} cannot judge {table[name].tuned_na:.0%} of the videos, {table[name].base_na:.0%} before"
         for name in better
         if table[name].tuned_na > table[name].base_na + 0.05
     ]
-    return Verdict(not reasons, reasons, motion, sharpness)
+    steadier = [name for name in STEADINESS if name in table and table[name].improved()]
+    return Verdict(not reasons, reasons, motion, sharpness, sounder, steadier)
 
 
-def compare(base: Told, tuned: Told, prompts: Sequence[int]) -> tuple[dict[str, Paired], dict[str, Paired], Verdict]:
+class Comparison(NamedTuple):
+    """A candidate against the base."""
+
+    table: dict[str, Paired]
+    matched: dict[str, Paired]
+    """Of the videos that move as much as the base's alone."""
+    verdict: Verdict
+
+
+def compare(base: Told, tuned: Told, prompts: Sequence[int]) -> Comparison:
     """Every judge, raw and motion-matched, and the verdict.
 
     Raises:
@@ -122,7 +166,7 @@ def compare(base: Told, tuned: Told, prompts: Sequence[int]) -> tuple[dict[str, 
     """
     if not len(base) == len(tuned) == len(prompts) or not base:
         raise ValueError(f"videos must come in pairs, got {len(base)} and {len(tuned)} of {len(prompts)} prompts")
-    names, rows = list(base[0]), motion_matched(base, tuned)
+    names, rows = [name for name in base[0] if name in tuned[0]], motion_matched(base, tuned)
     table = {name: paired(base, tuned, prompts, name) for name in names}
     matched = {name: paired(base, tuned, prompts, name, rows) for name in names}
-    return table, matched, verdict(table, matched)
+    return Comparison(table, matched, verdict(table, matched))

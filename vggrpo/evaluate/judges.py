@@ -2,8 +2,10 @@
 
     sampson   held-out truncated Sampson distance (pixels) at several strides, the longest from first frame to last:
               a fundamental matrix is fitted to half of the matches by LO-RANSAC (pycolmap) and judged on the other half
+    inliers, matches, coverage    shares of held-out matches that fit, of points that were found, of the picture
     parallax, displacement   whether that means anything: a still, turning or zooming camera has no wrong epipolar lines
     jitter    how much the pictures' own motion changes from frame to frame, in shares of the motion
+    survival  share of the first frame's corners that can be followed to the last
     sharpness, flicker
 
 A judge that cannot tell says NaN and why, never a number. Sources and measured behaviour: Sampson distances without
@@ -21,27 +23,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vggrpo.evaluate.correspond import Frame, Matches, match, prepare
+from vggrpo.evaluate.survival import survival
+from vggrpo.evaluate.value import NA, Value
 
 MIN_MATCHES = 60
 """Of a pair of frames, both halves together."""
 MIN_COVERAGE = 0.2
 """Share of an 8 x 8 grid."""
-FIT = 0.5
-"""Pixels within which a match supports a fundamental matrix or a homography."""
-TRUNCATED = 2.0
-"""Pixels at which a held-out distance stops to count more."""
-MIN_PARALLAX = 0.35
-"""Pixels of the 90th percentile of distances to the best homography: below it every epipolar geometry will do."""
 
 
-class Value(NamedTuple):
-    """A number, or NaN and the reason."""
+class Tolerance(NamedTuple):
+    """What counts as near, in pixels; SIFT's frames have more of them."""
 
-    value: float
-    reason: str = ""
+    fit: float
+    """Within which a match supports a fundamental matrix or a homography."""
+    truncated: float
+    """At which a held-out distance stops to count more."""
+    parallax: float
+    """Least 90th percentile of distances to the best homography: below it every epipolar geometry will do."""
 
 
-NA = float("nan")
+TOLERANCE = {"flow": Tolerance(0.5, 2.0, 0.35), "sift": Tolerance(1.0, 5.0, 1.0)}
+"""By how the matches were found."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def open_video(video: Float[Tensor, "T 3 H W"]) -> Video:
 
 
 def judge(video: Float[Tensor, "T 3 H W"], seed: int = 0) -> dict[str, Value]:
-    """Every judge's verdict on one video, by name; lower `sampson`, `jitter` and `flicker` are better.
+    """What the pixels say of one video, by name; lower `sampson`, `jitter` and `flicker` are better.
 
     Strides are 1, about a quarter of the video, and the whole of it.
     """
@@ -80,33 +83,53 @@ def judge(video: Float[Tensor, "T 3 H W"], seed: int = 0) -> dict[str, Value]:
     for stride in strides:
         name = "first_last" if stride == last else f"stride_{stride}"
         pairs = [match(opened.ready[i], opened.ready[j]) for i, j in opened.pairs(stride)]
-        told = [sampson(matches, seed) for matches in pairs]
-        found[f"sampson/{name}"] = _mean(told)
-        found[f"parallax/{name}"] = _mean([parallax(matches, seed) for matches in pairs])
-        found[f"matches/{name}"] = Value(
-            float(np.mean([len(matches.here) / max(matches.sought, 1) for matches in pairs]))
-        )
+        told = [epipolar(matches, seed) for matches in pairs]
+        for key in Epipolar._fields:
+            found[f"{key}/{name}"] = _mean([getattr(one, key) for one in told])
+        found[f"matches/{name}"] = Value(float(np.mean([len(m.here) / max(m.sought, 1) for m in pairs])))
+        found[f"coverage/{name}"] = Value(float(np.mean([m.coverage for m in pairs])))
         if stride == 1:
             found["displacement"] = _mean([displacement(matches) for matches in pairs])
             found["jitter"] = jitter(pairs)
+    found["survival"] = survival(opened.ready)
     found["sharpness"] = Value(float(np.mean([_laplacian(frame) for frame in opened.ready])))
     found["flicker"] = flicker(opened.frames)
     return found
 
 
-def sampson(matches: Matches, seed: int = 0) -> Value:
-    """Mean of min(distance, `TRUNCATED`) of one half of the matches to the epipolar geometry of the other half."""
-    if (reason := _too_few(matches)) is not None:
-        return Value(NA, reason)
-    bend = parallax(matches, seed)
-    if bend.value < MIN_PARALLAX:
-        return Value(NA, f"parallax of {bend.value:.2f} px: any epipolar geometry fits")
+class Epipolar(NamedTuple):
+    """What matches say of the epipolar geometry of two frames."""
+
+    sampson: Value
+    """Mean of min(distance, `Tolerance.truncated`) of one half of the matches to the geometry of the other half."""
+    inliers: Value
+    """Share of that half within `Tolerance.fit`."""
+    parallax: Value
+    """90th percentile of all matches' distances to the best homography; 0 for a camera that only turns."""
+
+
+def epipolar(matches: Matches, seed: int = 0) -> Epipolar:
+    """N/A without enough matches, and the first two without parallax."""
+    bend, limits = parallax(matches, seed), TOLERANCE[matches.method]
+    if bend.value != bend.value:
+        return Epipolar(bend, bend, bend)
+    if bend.value < limits.parallax:
+        blind = Value(NA, f"parallax of {bend.value:.2f} px: any epipolar geometry fits")
+        return Epipolar(blind, blind, bend)
     first, second = _halves(len(matches.here), seed)
-    fitted = pycolmap.estimate_fundamental_matrix(matches.here[first], matches.there[first], _ransac(seed))
+    options = _ransac(limits.fit, seed)
+    fitted = pycolmap.estimate_fundamental_matrix(matches.here[first], matches.there[first], options)
     if fitted is None:
-        return Value(NA, "no fundamental matrix fits")
+        lost = Value(NA, "no fundamental matrix fits")
+        return Epipolar(lost, lost, bend)
     distance = sampson_distance(fitted["F"], matches.here[second], matches.there[second])
-    return Value(float(np.minimum(distance, TRUNCATED).mean()))
+    near = Value(float((distance <= limits.fit).mean()))
+    return Epipolar(Value(float(np.minimum(distance, limits.truncated).mean())), near, bend)
+
+
+def sampson(matches: Matches, seed: int = 0) -> Value:
+    """`Epipolar.sampson` alone."""
+    return epipolar(matches, seed).sampson
 
 
 def sampson_distance(F: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.ndarray:
@@ -123,7 +146,9 @@ def parallax(matches: Matches, seed: int = 0) -> Value:
     """90th percentile of the matches' distances (pixels) to the best homography; 0 for a camera that only turns."""
     if (reason := _too_few(matches)) is not None:
         return Value(NA, reason)
-    fitted = pycolmap.estimate_homography_matrix(matches.here, matches.there, _ransac(seed))
+    fitted = pycolmap.estimate_homography_matrix(
+        matches.here, matches.there, _ransac(TOLERANCE[matches.method].fit, seed)
+    )
     if fitted is None:
         return Value(NA, "no homography fits")
     moved = np.hstack([matches.here, np.ones((len(matches.here), 1))]) @ fitted["H"].T
@@ -149,7 +174,10 @@ def jitter(pairs: list[Matches]) -> Value:
             return Value(NA, reason)
         middle = matches.here.mean(0)
         found, _ = cv2.estimateAffinePartial2D(
-            matches.here - middle, matches.there - middle, method=cv2.RANSAC, ransacReprojThreshold=2 * FIT
+            matches.here - middle,
+            matches.there - middle,
+            method=cv2.RANSAC,
+            ransacReprojThreshold=2 * TOLERANCE[matches.method].fit,
         )
         if found is None:
             return Value(NA, "no similarity fits")
@@ -197,9 +225,9 @@ def _halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[: count // 2], order[count // 2 :]
 
 
-def _ransac(seed: int) -> "pycolmap.RANSACOptions":
+def _ransac(fit: float, seed: int) -> "pycolmap.RANSACOptions":
     options = pycolmap.RANSACOptions()
-    options.max_error, options.random_seed, options.num_threads = FIT, seed, 1
+    options.max_error, options.random_seed, options.num_threads = fit, seed, 1
     options.min_num_trials, options.max_num_trials = 200, 2000
     return options
 

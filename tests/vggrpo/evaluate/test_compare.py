@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vggrpo.evaluate.compare import compare, paired
-from vggrpo.evaluate.judges import Value
+from vggrpo.evaluate.compare import compare, paired, sign_test
+from vggrpo.evaluate.value import Value
 
 
 def videos(count=60, sampson=0.5, motion=1.0, sharpness=10.0, missing=0.0, seed=0):
@@ -43,6 +43,47 @@ def test_a_real_improvement_passes_and_none_does_not():
     _, _, same = compare(videos(), videos(seed=1), PROMPTS)
     assert not same.passed
     assert "no judge of geometry improves" in same.reasons[0]
+    assert told.sounder == ["sampson/stride_4"]
+    assert told.steadier == []
+
+
+def test_chance_passes_no_oftener_than_it_should_however_many_judges_are_asked():
+    """Five judges of nothing but noise: each improves at 95 % in one case of forty, and PASS must not add them up."""
+    passed = careless = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        names = ["sampson/a", "sampson/b", "sampson/c", "sfm/reprojection", "referee/reprojection"]
+
+        def draw(rng=rng, names=names):
+            kept = {"displacement": Value(1.0), "sharpness": Value(1.0)}
+            return [{n: Value(float(rng.normal(1, 0.2))) for n in names} | kept for _ in range(12)]
+
+        found = compare(draw(), draw(), range(12))
+        passed += found.verdict.passed
+        careless += any(found.table[n].high < 0 for n in names)
+    assert passed <= 6
+    assert careless > 2 * passed  # the control: 95 % intervals alone
+
+
+def test_a_judge_of_geometry_that_worsens_forbids_a_pass():
+    base, tuned = videos(), videos(sampson=0.4, seed=1)
+    for k, (a, b) in enumerate(zip(base, tuned, strict=True)):
+        a["referee/reprojection"], b["referee/reprojection"] = Value(0.1 + 0.001 * k), Value(0.12 + 0.001 * k)
+    told = compare(base, tuned, PROMPTS).verdict
+    assert not told.passed
+    assert told.reasons == ["referee/reprojection worsens surely"]
+
+
+def test_sign_tests_are_the_binomials():
+    assert sign_test([-1.0] * 5) == pytest.approx(2 / 32)
+    assert sign_test([-1.0] * 9 + [1.0]) == pytest.approx(2 * 11 / 1024)
+    assert sign_test([1.0, -1.0, 0.0]) == 1
+
+
+def test_one_prompt_proves_nothing():
+    row = paired([{"x": Value(1.0)}] * 4, [{"x": Value(0.5)}] * 4, [0] * 4, "x")
+    assert row.p == 1
+    assert not row.improved()
 
 
 @pytest.mark.parametrize(
