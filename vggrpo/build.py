@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from geometry.types import Geometry
-from rewards import DEFAULT, REWARDS, reprojection_consistency
+from rewards import DEFAULT, ESTIMATED
 from vggrpo.config import Recipe, VideoConfig
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
@@ -73,7 +73,7 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold)
+    rewards = chosen_rewards(grpo.weights)
     prompts = read_prompts(video.prompts)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
@@ -102,8 +102,8 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
     return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
 
 
-def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -> dict[str, RewardFn]:
-    """The shipped rewards of these names.
+def chosen_rewards(weights: dict[str, float] | None) -> dict[str, RewardFn]:
+    """The shipped rewards of these names, for estimated geometry.
 
     Raises:
         ValueError: no names, or one that none of them has.
@@ -111,12 +111,11 @@ def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -
     if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
         raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
     for name in weights:
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
+        if name not in ESTIMATED:
+            near = difflib.get_close_matches(name, ESTIMATED, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ESTIMATED)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
-    return {name: estimated.get(name, REWARDS[name]) for name in weights}
+    return {name: ESTIMATED[name] for name in weights}
 
 
 def concatenated(scenes: Sequence[Geometry]) -> Geometry:

@@ -182,9 +182,6 @@ class VideoConfig:
     """See `height`."""
     max_len: int = 96
     """Tokens of a prompt, `</s>` included; Wan's own is 512."""
-    dynamic_threshold: float = 0.06
-    """Scene flow, in median depths, from which on a point counts as moving and is left out of the reprojection reward.
-    The reward's own 0.004 is for exact geometry: estimated flow explains wobble as motion (launch/LOG.md)."""
     judged_at_once: int = 4
     """Videos that the latent geometry model sees together."""
 
@@ -196,7 +193,6 @@ class VideoConfig:
         for name in ("height", "width"):
             side = getattr(self, name)
             _require(side >= 16 and side % 16 == 0, f"{name} must be a multiple of 16, got {side}")
-        _require(self.dynamic_threshold > 0, f"dynamic_threshold must be > 0, got {self.dynamic_threshold:g}")
         _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
 
 

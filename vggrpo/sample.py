@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from geometry.latent import LatentGeometryModel
 from geometry.types import Geometry
-from rewards import DEFAULT, PAPER, REWARDS
+from rewards import DEFAULT, ESTIMATED, PAPER
 from vggrpo.grpo import group_advantage
 from vggrpo.guidance import classifier_free, guided
 from vggrpo.policy.flow_policy import Encoder
@@ -154,7 +154,7 @@ def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iter
         with torch.no_grad():
             z0 = ode_sample(velocity, z, grid)
             scene = models.lgm(z0)
-            scores = {name: REWARDS[name](scene) for name in weights}
+            scores = {name: ESTIMATED[name](scene) for name in weights}
         chosen = best(scores, weights)
         yield Sampled(
             prompt,
@@ -204,6 +204,6 @@ def record(cfg: SampleConfig, number: int, one: Sampled) -> dict[str, Any]:
 def _total(lgm: LatentGeometryModel, weights: dict[str, float]) -> Any:
     def reward(z0: Float[Tensor, "n C L h w"]) -> Float[Tensor, " n"]:
         scene = lgm(z0)
-        return torch.stack([w * REWARDS[name](scene) for name, w in weights.items()]).sum(0) / sum(weights.values())
+        return torch.stack([w * ESTIMATED[name](scene) for name, w in weights.items()]).sum(0) / sum(weights.values())
 
     return reward
