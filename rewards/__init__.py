@@ -4,16 +4,24 @@ from rewards import motion_smoothness
 r = motion_smoothness(scene)          # [*batch]; NaN: cannot be scored
 """
 
+from functools import partial
+
 from rewards.base import RewardFn
 from rewards.motion import MotionErrors, camera_motion, camera_motion_floor, motion_errors, motion_smoothness
-from rewards.reprojection import reprojection_consistency, reprojection_errors
+from rewards.reprojection import ESTIMATED_FLOW, reprojection_consistency, reprojection_errors
 
 REWARDS: dict[str, RewardFn] = {
     "motion_smoothness": motion_smoothness,
     "reprojection_consistency": reprojection_consistency,
     "camera_motion_floor": camera_motion_floor,
 }
-"""Every shipped reward by name."""
+"""Every shipped reward by name, as it is for exact geometry."""
+
+ESTIMATED: dict[str, RewardFn] = {
+    **REWARDS,
+    "reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=ESTIMATED_FLOW),
+}
+"""The same for geometry that a model has estimated: in training, sampling, scoring and every report."""
 
 PAPER: dict[str, float] = {"motion_smoothness": 1.0, "reprojection_consistency": 1.0}
 """The paper's set and weights. A frozen video wins it."""
@@ -24,6 +32,8 @@ every z-score is +-1, stillness cannot win. While every video of a group moves, 
 
 __all__ = [
     "DEFAULT",
+    "ESTIMATED",
+    "ESTIMATED_FLOW",
     "PAPER",
     "REWARDS",
     "MotionErrors",

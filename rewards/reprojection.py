@@ -11,6 +11,10 @@ from geometry.types import Geometry, check_geometry
 from rewards.base import median_depth, seen
 
 Scale = Literal["relative", "absolute"]
+EXACT_FLOW = 0.004
+"""Scene flow, in median depths, from which on a point of an exact geometry moves by itself."""
+ESTIMATED_FLOW = 0.06
+"""The same of a geometry that a model has estimated, whose flow explains wobble as motion (launch/LOG.md)."""
 
 
 def reprojection_errors(
@@ -18,7 +22,7 @@ def reprojection_errors(
     *,
     scale: Scale = "relative",
     exclude_self: bool = True,
-    dynamic_threshold: float = 0.004,
+    dynamic_threshold: float = EXACT_FLOW,
     occlusion: float = 0.1,
     min_overlap: float = 0.02,
 ) -> Float[Tensor, "*batch T"]:
@@ -68,7 +72,7 @@ def reprojection_consistency(
     *,
     scale: Scale = "relative",
     exclude_self: bool = True,
-    dynamic_threshold: float = 0.004,
+    dynamic_threshold: float = EXACT_FLOW,
     occlusion: float = 0.1,
     min_overlap: float = 0.02,
     worst: int = 3,

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rewards import DEFAULT, REWARDS, motion_smoothness, reprojection_consistency
+from rewards import DEFAULT, ESTIMATED, ESTIMATED_FLOW, motion_smoothness, reprojection_consistency
 from vggrpo.base_motion import floor_of, measure_base_motion
 from vggrpo.checkpoint import restore_weights
 from vggrpo.config import Recipe, RewardForm, VideoConfig
@@ -90,7 +90,7 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards = _rewards_of(recipe, run, lambda: chosen_rewards(grpo.weights, video.dynamic_threshold, video.reward_form))
+    rewards = _rewards_of(recipe, run, lambda: chosen_rewards(grpo.weights, video.reward_form))
     prompts = read_prompts(video.prompts)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
@@ -126,10 +126,8 @@ def _rewards_of(recipe: Recipe, run: Run, chosen: Callable[[], dict[str, RewardF
     return {RANDOM: random_reward(run)} if is_control(recipe.grpo.weights) else chosen()
 
 
-def chosen_rewards(
-    weights: dict[str, float] | None, dynamic_threshold: float, form: RewardForm = "robust"
-) -> dict[str, RewardFn]:
-    """The shipped rewards of these names.
+def chosen_rewards(weights: dict[str, float] | None, form: RewardForm = "robust") -> dict[str, RewardFn]:
+    """The shipped rewards of these names, for estimated geometry.
 
     Raises:
         ValueError: no names, or one that none of them has.
@@ -137,18 +135,17 @@ def chosen_rewards(
     if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
         raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
     for name in weights:
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
+        if name not in ESTIMATED:
+            near = difflib.get_close_matches(name, ESTIMATED, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ESTIMATED)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    again = partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)
-    special: dict[str, RewardFn] = {"reprojection_consistency": again}
+    special: dict[str, RewardFn] = {}
     if form == "paper":
-        special = {
-            "motion_smoothness": partial(motion_smoothness, floor=0.0),
-            "reprojection_consistency": partial(again, scale="absolute", exclude_self=False),
-        }
-    return {name: special.get(name, REWARDS[name]) for name in weights}
+        again = partial(
+            reprojection_consistency, dynamic_threshold=ESTIMATED_FLOW, scale="absolute", exclude_self=False
+        )
+        special = {"motion_smoothness": partial(motion_smoothness, floor=0.0), "reprojection_consistency": again}
+    return {name: special.get(name, ESTIMATED[name]) for name in weights}
 
 
 def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:

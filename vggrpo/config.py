@@ -191,9 +191,6 @@ class VideoConfig:
     """See `height`."""
     max_len: int = 96
     """Tokens of a prompt, `</s>` included; Wan's own is 512."""
-    dynamic_threshold: float = 0.06
-    """Scene flow, in median depths, from which on a point counts as moving and is left out of the reprojection reward.
-    The reward's own 0.004 is for exact geometry: estimated flow explains wobble as motion (launch/LOG.md)."""
     motion_samples: int = 0
     """Videos of each prompt, made before training, whose mean camera motion is that prompt's floor in
     `camera_motion_floor`; 0: the reward's own floor for all prompts."""
@@ -217,7 +214,6 @@ class VideoConfig:
         for name in ("height", "width"):
             side = getattr(self, name)
             _require(side >= 16 and side % 16 == 0, f"{name} must be a multiple of 16, got {side}")
-        _require(self.dynamic_threshold > 0, f"dynamic_threshold must be > 0, got {self.dynamic_threshold:g}")
         _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
         _require(self.motion_samples >= 0, f"motion_samples must be >= 0, got {self.motion_samples}")
         _require(self.motion_kept > 0, f"motion_kept must be > 0, got {self.motion_kept:g}")

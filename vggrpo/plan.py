@@ -76,7 +76,7 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
     folder, sampling = Path(video.model), recipe.sampling
     prompts = read_prompts(video.prompts)
     if not is_control(recipe.grpo.weights):
-        chosen_rewards(recipe.grpo.weights, video.dynamic_threshold)
+        chosen_rewards(recipe.grpo.weights, video.reward_form)
     latent = latent_shape(folder, video.frames, video.height, video.width)
     path = folder / "transformer" / "config.json"
     if not path.is_file() or not list(path.parent.glob("*.safetensors")):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from geometry.latent import LatentGeometryModel
 from geometry.types import Geometry
-from rewards import DEFAULT, PAPER, REWARDS
+from rewards import DEFAULT, ESTIMATED, PAPER
 from vggrpo.animate import check_animation
 from vggrpo.grpo import group_advantage
 from vggrpo.guidance import guided
@@ -169,7 +169,7 @@ def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iter
         z0 = draw(models.network, z, under, negative, grid, cfg.guidance_scale, by_reward)
         with torch.no_grad():
             scene = models.lgm(z0)
-            scores = {name: REWARDS[name](scene) for name in weights}
+            scores = {name: ESTIMATED[name](scene) for name in weights}
         chosen = best(scores, weights)
         yield Sampled(
             prompt,
@@ -219,6 +219,6 @@ def record(cfg: SampleConfig, number: int, one: Sampled) -> dict[str, Any]:
 def _total(lgm: LatentGeometryModel, weights: dict[str, float]) -> Any:
     def reward(z0: Float[Tensor, "n C L h w"]) -> Float[Tensor, " n"]:
         scene = lgm(z0)
-        return torch.stack([w * REWARDS[name](scene) for name, w in weights.items()]).sum(0) / sum(weights.values())
+        return torch.stack([w * ESTIMATED[name](scene) for name, w in weights.items()]).sum(0) / sum(weights.values())
 
     return reward

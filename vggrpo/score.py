@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geometry.reproject import dynamic_mask
 from geometry.types import Geometry, GeometryModel
-from rewards import REWARDS, motion_errors, reprojection_errors
+from rewards import ESTIMATED, ESTIMATED_FLOW, motion_errors, reprojection_errors
 from vggrpo.data import SUFFIXES, DataConfig, read_frames, read_video
 
 if TYPE_CHECKING:  # judges bring OpenCV and pycolmap, which rewards do without
@@ -29,8 +29,6 @@ SHOWN = 6
 """Frames in the strips of a plot."""
 MOVING = (1.0, 0.43, 0.08)
 """Orange, in the mask of what moves."""
-MOVES = 0.004
-"""Scene flow, in median depths, from which on a pixel counts as moving: what the rewards take."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,8 @@ def score(
 ) -> tuple[Geometry, dict[str, Any]]:
     """Its geometry, and what is said of it; JSON has no NaN, so what cannot be scored is None, or why."""
     scene = model(video[None]).map(lambda x: x[0])
-    said: dict[str, Any] = {"rewards": {name: _plain(float(fn(scene))) for name, fn in REWARDS.items()}}
-    said["moving_pixels"] = float(dynamic_mask(scene, MOVES * float(scene.depth.median())).float().mean())
+    said: dict[str, Any] = {"rewards": {name: _plain(float(fn(scene))) for name, fn in ESTIMATED.items()}}
+    said["moving_pixels"] = float(dynamic_mask(scene, ESTIMATED_FLOW * float(scene.depth.median())).float().mean())
     if panel is not None:
         from vggrpo.evaluate.panel import ask
 
@@ -169,7 +167,7 @@ def plot(path: Path, name: str, video: Float[Tensor, "T 3 H W"], scene: Geometry
     rewards = "   ".join(f"{key} {'-' if x is None else f'{x:.3f}'}" for key, x in said["rewards"].items())
     figure.suptitle(f"{name}\n{rewards}", fontsize=10)
     unit = float(scene.depth.median())
-    moving = dynamic_mask(scene, MOVES * unit)
+    moving = dynamic_mask(scene, ESTIMATED_FLOW * unit)
     rows = above.subplots(3, len(at), squeeze=False)
     for column, i in enumerate(at.tolist()):
         rows[0][column].imshow(video[i].movedim(0, -1).clamp(0, 1).numpy())
@@ -198,7 +196,8 @@ def plot(path: Path, name: str, video: Float[Tensor, "T 3 H W"], scene: Geometry
     errors = motion_errors(scene)
     right.plot(inner, errors.translation.numpy(), label="jolt, translation")
     right.plot(inner, errors.rotation.numpy(), label="jolt, rotation")
-    right.plot(range(T), reprojection_errors(scene).numpy(), label="reprojection error")
+    again = reprojection_errors(scene, dynamic_threshold=ESTIMATED_FLOW)
+    right.plot(range(T), again.numpy(), label="reprojection error")
     right.set(title="errors frame by frame: 0 is a steady camera in one solid world", xlabel="frame", ylim=(0, None))
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from geometry.world import make_clips
-from rewards import PAPER, motion_smoothness, reprojection_consistency
+from rewards import ESTIMATED_FLOW, PAPER, motion_smoothness, reprojection_consistency
 from tests.vggrpo.test_session import lines, same_end, train
 from vggrpo import cli
 from vggrpo.build import chosen_rewards
@@ -88,9 +88,9 @@ def test_the_papers_recipe_is_the_papers(monkeypatch):
     assert asdict(video.lora) == {"rank": 32, "alpha": 64}
     assert (recipe.sampling.sde, recipe.sampling.num_steps) == ("flow_sde", 10)
     clips = make_clips(range(3), frames=5, size=(16, 16), supersample=1).geometry
-    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold, video.reward_form)
+    rewards = chosen_rewards(grpo.weights, video.reward_form)
     assert torch.equal(rewards["motion_smoothness"](clips), motion_smoothness(clips, floor=0.0))
-    paper = {"scale": "absolute", "exclude_self": False, "dynamic_threshold": video.dynamic_threshold}
+    paper = {"scale": "absolute", "exclude_self": False, "dynamic_threshold": ESTIMATED_FLOW}
     found = rewards["reprojection_consistency"](clips)
     assert torch.equal(found, reprojection_consistency(clips, **paper))
     assert not torch.equal(found, chosen_rewards(grpo.weights, 0.06)["reprojection_consistency"](clips))

@@ -10,7 +10,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
+from geometry.world import make_clips
 from launch.prompts import FILES, prompts
+from rewards import ESTIMATED, REWARDS
 from vggrpo import cli
 from vggrpo.build import build, chosen_rewards
 from vggrpo.check import check
@@ -21,7 +23,9 @@ from vggrpo.evaluate.compare import Comparison, Paired, Verdict
 from vggrpo.policy.wan import latent_shape, own_shift
 from vggrpo.recipe import load_recipe
 from vggrpo.sample import SampleConfig, best, load_models, sample_videos
+from vggrpo.score import score
 from vggrpo.signals import Interrupted, Signals
+from vggrpo.stitch import fidelity
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "launch/recipes/tiny.yaml")
@@ -314,9 +318,25 @@ def test_a_corrupt_and_a_one_frame_video_are_one_line_each(tmp_path, capsys):
 
 
 def test_rewards_are_chosen_by_name():
-    assert list(chosen_rewards({"motion_smoothness": 1.0}, 0.06)) == ["motion_smoothness"]
+    assert list(chosen_rewards({"motion_smoothness": 1.0})) == ["motion_smoothness"]
     with pytest.raises(ValueError, match=r"grpo\.weights must name the rewards"):
-        chosen_rewards(None, 0.06)
+        chosen_rewards(None)
+
+
+def test_training_scoring_and_the_report_take_one_reward_for_estimated_geometry():
+    """Of flow between what counts as motion in exact and in estimated geometry; the control is the exact one."""
+    scene = make_clips([7], frames=5, size=(32, 32), supersample=1).geometry
+    unit = scene.depth[scene.valid].median()
+    scene = replace(scene, scene_flow=torch.full_like(scene.points, 0.03 / 3**0.5) * unit)
+    name = "reprojection_consistency"
+    wanted = float(ESTIMATED[name](scene))
+    assert chosen_rewards({name: 1.0})[name] is ESTIMATED[name]
+    assert float(fidelity.REWARDS[name](scene)) == wanted
+    said = score(torch.zeros(5, 3, 32, 32), lambda video: scene, judges=False)[1]
+    assert said["rewards"][name] == wanted
+    assert said["moving_pixels"] == 0
+    assert REWARDS[name](scene).isnan().all()  # all of it moves
+    assert fidelity.OF_TRUTH[name](scene).isnan().all()
 
 
 def test_shipped_prompts_are_what_the_script_writes_and_share_nothing():

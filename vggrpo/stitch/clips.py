@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from geometry.latent import LatentSpec
 from geometry.stitch import Sample
-from vggrpo.bootstrap.assets import load_tensors, save_tensors
-from vggrpo.bootstrap.captions import draw_captions
+from vggrpo.bootstrap.assets import load_tensors, read_card, save_tensors
 from vggrpo.bootstrap.geometry_train import lessons_of
 from vggrpo.bootstrap.progress import Progress
 from vggrpo.bootstrap.vae import decode, denormalise, encode, normalise
+from vggrpo.data import read_prompts
 from vggrpo.stitch.recipe import SamplingRecipe
 
 AT_ONCE = 4
@@ -78,29 +79,35 @@ def world_clips(path: Path, vae: AutoencoderKLWan, seeds: range, patch: int) -> 
 
 
 def generated_clips(path: Path, vae: AutoencoderKLWan, wan: Path, how: SamplingRecipe) -> Clips:
-    """Videos that the generator draws for captions of the world, decoded for the teacher; kept in `path`."""
+    """Videos that the generator draws for prompts, decoded for the teacher; kept in `path`."""
     if not path.exists():
         z = _draw(wan, vae, how)
         save_tensors(path, {"z": z, "video": (255 * decoded(vae, z)).round().byte()})
     return Clips(**load_tensors(path)[0], intrinsics=None)
 
 
-def check_generator(wan: Path, how: SamplingRecipe) -> None:
-    """Refuse a recipe that wants samples of a generator that is not there.
+def check_generator(wan: Path, how: SamplingRecipe, generator: Path | None = None) -> Path:
+    """The folder to draw samples with: `generator`, or `wan` itself.
 
     Raises:
-        ValueError: naming the folder.
+        ValueError: samples are wanted of a generator, or for prompts, that are not there, or of another VAE.
     """
+    own, wan = wan, generator or wan
     if how.num_samples and not (wan / "transformer").is_dir():
         raise ValueError(f"{wan} has no transformer/ to draw samples from: set sampling.num_samples=0 or train one")
+    if how.num_samples:
+        read_prompts(how.prompts)
+        if wan != own and read_card(wan / "vae")["sha256"] != read_card(own / "vae")["sha256"]:
+            raise ValueError(f"{wan} has another VAE than {own}: its latents mean other things; give one with the same")
+    return wan
 
 
 @torch.no_grad()
 def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor, "N C L h w"]:
-    """Latents of `num_samples` videos, one caption each, by the ODE with guidance."""
+    """Latents of `num_samples` videos by the ODE with guidance; prompts are taken in turn, over and over."""
     from vggrpo.flow import Velocity
     from vggrpo.guidance import classifier_free
-    from vggrpo.policy.wan import load_encoders, wan_velocity
+    from vggrpo.policy.wan import load_encoders, own_shift, wan_velocity
     from vggrpo.sampler import normal, ode_sample, time_grid
     from vggrpo.sft import load_transformer
 
@@ -111,11 +118,12 @@ def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor
         return lambda z, t: wan_velocity(transformer, z, torch.as_tensor(t).expand(len(z)), text)
 
     encode_text = load_encoders(wan, how.max_len, "cpu").text
-    seeds, progress, parts = range(how.first_caption, how.first_caption + how.num_samples), Progress(), []
-    grid, negative = time_grid(how.num_steps, how.shift), encode_text([""])
+    seeds, progress, parts = range(how.first_seed, how.first_seed + how.num_samples), Progress(), []
+    prompts = list(islice(cycle(read_prompts(how.prompts)), how.num_samples))
+    grid, negative = time_grid(how.num_steps, own_shift(wan) if how.shift is None else how.shift), encode_text([""])
     for start in range(0, len(seeds), AT_ONCE):
         some = seeds[start : start + AT_ONCE]
-        text = encode_text([caption.text for caption in draw_captions(some)])
+        text = encode_text(prompts[start : start + AT_ONCE])
         noise = normal((len(some), vae.config.z_dim, 5, 8, 8), [torch.Generator().manual_seed(seed) for seed in some])
         parts.append(
             ode_sample(classifier_free(told(text), told(negative.expand_as(text)), how.guidance_scale), noise, grid)

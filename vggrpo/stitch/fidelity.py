@@ -19,7 +19,8 @@ from geometry.backbone import HookedBackbone
 from geometry.latent import LatentGeometryModel
 from geometry.types import Geometry
 from geometry.world import PERTURBATIONS, Clip, Motion, make_clip
-from rewards import RewardFn, camera_motion_floor, motion_smoothness, reprojection_consistency
+from rewards import ESTIMATED_FLOW, RewardFn, camera_motion_floor, motion_smoothness, reprojection_consistency
+from rewards.reprojection import EXACT_FLOW
 from vggrpo.bootstrap.geometry_eval import spearman
 from vggrpo.stitch.clips import AT_ONCE, latents_of
 
@@ -40,14 +41,21 @@ def confident(scene: Geometry) -> Geometry:
     return replace(scene, valid=scene.confidence > middle)
 
 
-REWARDS: dict[str, RewardFn] = {
-    "motion_smoothness": motion_smoothness,
-    "motion_smoothness, paper": partial(motion_smoothness, floor=0.0),
-    "reprojection_consistency": reprojection_consistency,
-    "reprojection_consistency, surer half": lambda scene: reprojection_consistency(confident(scene)),
-    "reprojection_consistency, paper": partial(reprojection_consistency, scale="absolute", exclude_self=False),
-    "camera_motion_floor": camera_motion_floor,
-}
+def rewards_with(flow: float) -> dict[str, RewardFn]:
+    """What is compared; scene flow longer than `flow` (median depths) is motion."""
+    consistent = partial(reprojection_consistency, dynamic_threshold=flow)
+    return {
+        "motion_smoothness": motion_smoothness,
+        "motion_smoothness, paper": partial(motion_smoothness, floor=0.0),
+        "reprojection_consistency": consistent,
+        "reprojection_consistency, surer half": lambda scene: consistent(confident(scene)),
+        "reprojection_consistency, paper": partial(consistent, scale="absolute", exclude_self=False),
+        "camera_motion_floor": camera_motion_floor,
+    }
+
+
+OF_TRUTH, REWARDS = rewards_with(EXACT_FLOW), rewards_with(ESTIMATED_FLOW)
+"""The true geometry's, and a model's."""
 CHANGES = 1e-3
 """A true reward that changes less within a clip does not answer to a fault."""
 FIDELITY_BARS = {"motion_smoothness": 0.8, "reprojection_consistency": 0.6}
@@ -91,7 +99,7 @@ def score(
         scenes["teacher"] = [teacher(some) for some in video.split(AT_ONCE)]
         scenes |= {source: [model(some) for some in z.split(AT_ONCE)] for source, model in models.items()}
         for source, parts in scenes.items():
-            for reward, fn in REWARDS.items():
+            for reward, fn in (OF_TRUTH if source == "truth" else REWARDS).items():
                 one = torch.cat([fn(part).flatten() for part in parts])
                 values.setdefault(source, {}).setdefault(reward, []).append(one)
     stacked = {s: {reward: torch.stack(rows) for reward, rows in found.items()} for s, found in values.items()}

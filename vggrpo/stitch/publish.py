@@ -51,7 +51,7 @@ def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[s
     card = rounded(card)
     save_json(folder / "card.json", card)
     found["fidelity"]["values"] = values
-    text = card_text(card)
+    text = card_text(card) + ("" if recipe.notes is None else "\n" + Path(recipe.notes).read_text())
     for where in (Path(recipe.out), folder):
         draw_all(found, shipped["curve"], where)
         (where / ("README.md" if where == folder else "report.md")).write_text(text)

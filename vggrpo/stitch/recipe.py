@@ -7,7 +7,7 @@ from geometry.distil import DistilConfig
 from geometry.latent import TimeMode
 from vggrpo.bootstrap.geometry_recipe import Batch
 
-MAY_CHANGE = ("out", "asset", "checkpoint_every", "fidelity_clips", "noise_clips")
+MAY_CHANGE = ("out", "asset", "notes", "checkpoint_every", "fidelity_clips", "noise_clips")
 """Fields in which a resumed run may differ from what it was started with."""
 
 
@@ -17,12 +17,14 @@ class SamplingRecipe:
 
     num_samples: int = 0
     """Videos from the generator, beside the clips of the world. 0 needs no generator."""
-    first_caption: int = 35_000_000
-    """Seed of their first caption."""
+    prompts: str = "assets/prompts/train.txt"
+    """One on each line; they are taken in turn, over and over."""
+    first_seed: int = 35_000_000
+    """Of the first video's noise."""
     num_steps: int = 20
     """From noise to data."""
-    shift: float = 3.0
-    """Of the time grid."""
+    shift: float | None = None
+    """Of the time grid; by default the model's own."""
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     max_len: int = 96
@@ -59,6 +61,10 @@ class StitchRecipe:
     """The teacher, whose tail becomes the model's."""
     wan: str = "assets/tiny-wan"
     """Wan folder in diffusers layout: its VAE, and its text stage and transformer where samples are wanted."""
+    generator: str | None = None
+    """Another Wan folder to draw samples with, whose VAE must be the same; by default that one."""
+    notes: str | None = None
+    """Markdown that ends the model's card: what people have found out that no command measures."""
     seed: int = 0
     """Of every random stream."""
     num_clips: int = 384

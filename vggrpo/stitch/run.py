@@ -52,9 +52,12 @@ def prepare(recipe: StitchRecipe) -> None:
     """Bind the folder `out` to one recipe and to the files it starts from.
 
     Raises:
-        ValueError: the folder belongs to others; samples are wanted and there is no generator.
+        ValueError: the folder belongs to others; samples are wanted and there is no generator; no notes where the
+            recipe says.
     """
-    check_generator(Path(recipe.wan), recipe.sampling)
+    _generator(recipe)
+    if recipe.notes is not None and not Path(recipe.notes).is_file():
+        raise ValueError(f"no notes at {recipe.notes}: write them there, or leave `notes` out of the recipe")
     notes = Path(recipe.out) / "recipe.json"
     wanted: dict[str, Any] = asdict(recipe) | {"made from": sources(recipe)}
     del wanted["distil"]["steps"]  # a distillation may be made longer or shorter on the way
@@ -76,7 +79,7 @@ def make_model(recipe: StitchRecipe, vae: AutoencoderKLWan) -> tuple[list[Ranked
     held = world_clips(out / "ranking.safetensors", vae, unseen, patch)
     everything = [clips]
     if recipe.sampling.num_samples:
-        everything.append(generated_clips(out / "samples.safetensors", vae, Path(recipe.wan), recipe.sampling))
+        everything.append(generated_clips(out / "samples.safetensors", vae, _generator(recipe), recipe.sampling))
     ranked = solve_and_rank(recipe, latent_spec(vae), everything, held)
     modes: tuple[TimeMode, ...] = ("frames", "phases") if recipe.mode is None else (recipe.mode,)
     made = {"shipped": _distilled(recipe, choose(ranked, modes, recipe.point), recipe.distil.steps, everything, held)}
@@ -117,6 +120,12 @@ def report(recipe: StitchRecipe, vae: AutoencoderKLWan, ranked: list[Ranked], ma
     found["noise"] = once("noise", lambda: robustness(vae, teacher, shipped, few))
     found["fidelity"] = once("fidelity", lambda: _fidelity(recipe, vae, teacher, shipped, progress))
     return found
+
+
+def _generator(recipe: StitchRecipe) -> Path:
+    return check_generator(
+        Path(recipe.wan), recipe.sampling, None if recipe.generator is None else Path(recipe.generator)
+    )
 
 
 def _distilled(recipe: StitchRecipe, chosen: Ranked, steps: int, clips: list[Clips], held: Clips) -> dict[str, Any]:

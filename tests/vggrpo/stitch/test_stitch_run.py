@@ -45,6 +45,7 @@ def recipe(tmp_path_factory):
     save_json(where / "config.json", asdict(SMALL))
     files = ("config.json", "model.safetensors")
     save_json(where / "card.json", {"sha256": {name: sha256(where / name) for name in files}})
+    (folder / "notes.md").write_text("## What limits it\n\nIts size.\n")
     return StitchRecipe(
         out=str(folder / "run"),
         asset=str(folder / "asset"),
@@ -59,6 +60,7 @@ def recipe(tmp_path_factory):
         checkpoint_every=2,
         fidelity_clips=1,
         noise_clips=1,
+        notes=str(folder / "notes.md"),
     )
 
 
@@ -185,6 +187,7 @@ def test_the_asset_loads_and_says_what_it_is(recipe, published, made):
     assert card["made_from"] == run.sources(recipe)
     assert "values" not in card["report"]["fidelity"]
     assert set(card["held_out"]["all"]) >= {"teacher", "distilled"}
+    assert text.endswith("\n\n## What limits it\n\nIts size.\n")
     for picture in ("made.png", "noise.png", "fidelity.png"):
         assert (folder / picture).stat().st_size > 1000
         assert picture in text
@@ -209,7 +212,17 @@ def test_samples_need_a_generator(recipe, tmp_path):
     how = SamplingRecipe(num_samples=2)
     with pytest.raises(ValueError, match=r"no transformer/ to draw samples from: set sampling\.num_samples=0"):
         check_generator(tmp_path, how)
-    check_generator(tmp_path, SamplingRecipe())
+    assert check_generator(tmp_path, SamplingRecipe()) == tmp_path
+    for folder in ("other/transformer", "other/vae"):
+        (tmp_path / folder).mkdir(parents=True)
+    save_json(tmp_path / "other/vae/card.json", {"sha256": {}})
+    with pytest.raises(ValueError, match="another VAE"):
+        check_generator(ASSETS / "tiny-wan", how, tmp_path / "other")
+    assert check_generator(ASSETS / "tiny-wan", how, ASSETS / "tiny-wan") == ASSETS / "tiny-wan"
+    with pytest.raises(ValueError, match=r"no prompts at nowhere\.txt"):
+        check_generator(ASSETS / "tiny-wan", replace(how, prompts="nowhere.txt"))
+    with pytest.raises(ValueError, match=r"no notes at nowhere\.md: write them"):
+        run.prepare(replace(recipe, notes="nowhere.md"))
 
 
 def test_a_sample_is_its_caption_and_seed_whatever_else_is_drawn(vae, tmp_path):
@@ -222,14 +235,21 @@ def test_a_sample_is_its_caption_and_seed_whatever_else_is_drawn(vae, tmp_path):
     network = new_transformer(WanSize(1, 1, 32, 32), 16, 64)
     torch.nn.init.normal_(network.proj_out.weight, std=0.1)
     network.save_pretrained(tmp_path / "transformer")
-    how = SamplingRecipe(num_samples=5, num_steps=2, first_caption=7, max_len=32)
+    prompts, fifth = tmp_path / "prompts.txt", tmp_path / "fifth.txt"
+    prompts.write_text("a red box\na blue sphere\na room\n")
+    fifth.write_text("a blue sphere\n")  # they are taken in turn, over and over
+    how = SamplingRecipe(5, str(prompts), 7, num_steps=2, shift=3.0, max_len=32)
     five = generated_clips(tmp_path / "five", vae, tmp_path, how)
-    one = generated_clips(tmp_path / "one", vae, tmp_path, replace(how, num_samples=1, first_caption=11))
+    one = generated_clips(
+        tmp_path / "one", vae, tmp_path, replace(how, num_samples=1, first_seed=11, prompts=str(fifth))
+    )
     assert five.z.shape == (5, 16, 5, 8, 8)
     assert five.video.shape == (5, 17, 3, 64, 64)
     assert five.intrinsics is None
     torch.testing.assert_close(one.z[0], five.z[4], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(five.z[0], five.z[4], atol=0.1)
+    other = generated_clips(tmp_path / "other", vae, tmp_path, replace(how, num_samples=1, first_seed=11))
+    assert not torch.allclose(other.z[0], five.z[4], atol=1e-4)
     bare = generated_clips(tmp_path / "bare", vae, tmp_path, replace(how, num_samples=1, guidance_scale=1.0))
     assert not torch.allclose(bare.z[0], five.z[0], atol=1e-4)
 
