@@ -19,7 +19,8 @@ from vggrpo.session import Session
 from vggrpo.sharded import restore_moments, whole_moments, whole_weights
 from vggrpo.signals import STATUS, Interrupted, Signals
 from vggrpo.trackers import Trackers
-from vggrpo.trainer import RewardFn, train
+from vggrpo.trainer import OfCondition, RewardFn, train
+from vggrpo.types import Condition
 
 AVERAGE = "average"
 """Folder of the averaged LoRA, in a run's, and file of a checkpoint."""
@@ -132,11 +133,11 @@ class Training:
         save_lora(self.bare.transformer, folder, own)
 
     def _polled(self, reward: RewardFn) -> RewardFn:
-        def judged(scene: Any) -> Tensor:
+        def judged(scene: Any, *cond: Condition) -> Tensor:
             self.run.agree()
-            return reward(scene)
+            return reward.reward(scene, *cond) if isinstance(reward, OfCondition) else reward(scene)
 
-        return judged
+        return OfCondition(judged) if isinstance(reward, OfCondition) else judged
 
 
 def _due(done: int, every: int) -> bool:
