@@ -137,12 +137,12 @@ def chosen_rewards(
             near = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    again = partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)
-    special: dict[str, RewardFn] = {"reprojection_consistency": again}
+    estimated = partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)
+    special: dict[str, RewardFn] = {"reprojection_consistency": estimated}
     if form == "paper":
         special = {
             "motion_smoothness": partial(motion_smoothness, floor=0.0),
-            "reprojection_consistency": partial(again, scale="absolute", exclude_self=False),
+            "reprojection_consistency": partial(estimated, scale="absolute", exclude_self=False),
         }
     return {name: special.get(name, REWARDS[name]) for name in weights}
 

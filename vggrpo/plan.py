@@ -85,7 +85,7 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
     shape = Shape.of(config, latent, video.max_len, video.lora.rank, _sharing(recipe))
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
     at_once = "x".join(map(str, (video.frames, video.height, video.width)))
-    peak = peak_bytes(shape, sampling, latent, num_videos, averaged=False)
+    peak = peak_bytes(shape, sampling, latent, num_videos, averaged=recipe.optimizer.ema is not None)
     flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds, how = _seconds(config, shape, recipe, video, latent, counts, num_videos, device)
