@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, action in COMMANDS.items():
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     plan = commands.choices["plan"]
-    plan.add_argument("--no-step", action="store_true", help="formulas only: no model is loaded")
+    plan.add_argument("--no-step", action="store_true", help="formulas only: the video model is not loaded")
     plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step))
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")

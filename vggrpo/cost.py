@@ -2,12 +2,13 @@
 
     N   tokens of a video: L h w over the patch                       d, f    width, width of the feed-forward layer
     M   tokens of a prompt                                            n       videos of this rank: B K over the ranks
+    m   M over the videos that share a prompt in a micro-batch: its keys and values are computed once
     r   rank of the LoRA, on q, k, v and out of both attentions       layers  blocks
 
 Operations of a Wan forward pass, per video; a product of [a, b] and [b, c] is 2abc of them:
-    block   N (12 d^2 + 4 d f) + 4 M d^2 + 4 N^2 d + 4 N M d          self- and cross-attention, feed-forward
-    LoRA    4 r d (6 N + 2 M)                                         six maps of N tokens and two of M
-    ends    patch and output 2 N d (p_in + p_out), text 2 M d (text_dim + d), time 2 d (freq_dim + 7 d)
+    block   N (12 d^2 + 4 d f) + 4 m d^2 + 4 N^2 d + 4 N M d          self- and cross-attention, feed-forward
+    LoRA    4 r d (6 N + 2 m)                                         six maps of N tokens and two of m
+    ends    patch and output 2 N d (p_in + p_out), text 2 m d (text_dim + d), time 2 d (freq_dim + 7 d)
 The backward pass multiplies by every weight once more to reach the LoRA further down (frozen weights have no gradient),
 but not beneath the first block's q, k and v, nor into the text; it costs 2.5 times the attention, which is computed
 again, and twice the LoRA. Gradient checkpointing adds a forward pass.
@@ -15,7 +16,7 @@ again, and twice the LoRA. Gradient checkpointing adds a forward pass.
 Bytes at the peak, which is a replayed micro-batch with its graph, in fp32:
     frozen weights 4 each; trained weights 16 each (weight, gradient, two moments), 20 with an average
     saved for the backward pass, floats per video and block:
-        N (14 d + f + 6 r + 9 + 2 heads) + M (3 d + 2 r)              or N d alone, and one block, with checkpointing
+        N (14 d + f + 6 r + 9 + 2 heads) + m (3 d + 2 r)              or N d alone, and one block, with checkpointing
     states of the trained steps, (S + 1) n latents; z0, and the reference's velocity in flight
 What the allocator wastes and what libraries hold is not in it, nor is the latent geometry model's own working memory.
 """
@@ -47,9 +48,11 @@ class Shape:
     N: int
     M: int
     r: int
+    sharing: int = 1
+    """Videos that have one prompt, in a row, in a micro-batch."""
 
     @staticmethod
-    def of(config: Mapping[str, Any], latent: tuple[int, int, int, int], M: int, r: int) -> "Shape":
+    def of(config: Mapping[str, Any], latent: tuple[int, int, int, int], M: int, r: int, sharing: int = 1) -> "Shape":
         """From the transformer's config.json and (C, L, h, w)."""
         C, L, h, w = latent
         p = config["patch_size"]
@@ -59,8 +62,13 @@ class Shape:
         out = config.get("out_channels") or C
         return Shape(
             config["num_layers"], config["num_attention_heads"], d, config["ffn_dim"], config["text_dim"],
-            config["freq_dim"], C * volume, out * volume, N, M, r,
+            config["freq_dim"], C * volume, out * volume, N, M, r, sharing,
         )  # fmt: skip
+
+    @property
+    def m(self) -> float:
+        """Tokens of a prompt, for each video that shares it."""
+        return self.M / self.sharing
 
     @property
     def num_frozen(self) -> int:
@@ -103,19 +111,19 @@ def evaluations(sampling: SamplingConfig, grpo: GrpoConfig, num_prompts: int, nu
     return Counts(steps * twice, replay, replay if grpo.beta > 0 else 0, n)
 
 
-def forward_flops(shape: Shape) -> int:
+def forward_flops(shape: Shape) -> float:
     """Of one video."""
-    d, N, M = shape.d, shape.N, shape.M
+    d, N, m = shape.d, shape.N, shape.m
     ends = 2 * N * d * (shape.patch_in + shape.patch_out)
-    text = 2 * M * d * (shape.text_dim + d)
+    text = 2 * m * d * (shape.text_dim + d)
     time = 2 * d * (shape.freq_dim + 7 * d)
-    return shape.layers * (_maps(shape) + 4 * M * d * d + _attention(shape) + _lora(shape)) + ends + text + time
+    return shape.layers * (_maps(shape) + 4 * m * d * d + _attention(shape) + _lora(shape)) + ends + text + time
 
 
 def backward_flops(shape: Shape) -> float:
     """Of one video, to the LoRA, on top of the forward pass."""
-    d, N, M, r = shape.d, shape.N, shape.M, shape.r
-    block = _maps(shape) + 2.5 * _attention(shape) + 2 * _lora(shape) - 4 * M * r * d
+    d, N, m, r = shape.d, shape.N, shape.m, shape.r
+    block = _maps(shape) + 2.5 * _attention(shape) + 2 * _lora(shape) - 4 * m * r * d
     beneath = 6 * N * d * d + 6 * N * r * d
     return shape.layers * block - beneath + 2 * N * d * shape.patch_out
 
@@ -128,10 +136,10 @@ def iteration_flops(shape: Shape, counts: Counts, *, checkpointing: bool) -> flo
 
 def saved_bytes(shape: Shape, *, checkpointing: bool = False) -> int:
     """What a forward pass of one video keeps for its backward pass."""
-    d, N, M, r = shape.d, shape.N, shape.M, shape.r
-    block = N * (14 * d + shape.f + 6 * r + 9 + 2 * shape.heads) + M * (3 * d + 2 * r)
+    d, N, m, r = shape.d, shape.N, shape.m, shape.r
+    block = N * (14 * d + shape.f + 6 * r + 9 + 2 * shape.heads) + m * (3 * d + 2 * r)
     floats = shape.layers * N * d + block if checkpointing else shape.layers * block
-    return FLOAT * (floats + M * d)
+    return FLOAT * round(floats + m * d)
 
 
 def peak_bytes(
@@ -156,5 +164,5 @@ def _attention(shape: Shape) -> int:
     return 4 * shape.N * shape.d * (shape.N + shape.M)
 
 
-def _lora(shape: Shape) -> int:
-    return 4 * shape.r * shape.d * (6 * shape.N + 2 * shape.M)
+def _lora(shape: Shape) -> float:
+    return 4 * shape.r * shape.d * (6 * shape.N + 2 * shape.m)

@@ -150,9 +150,16 @@ def configuration(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def num_processes(settings: dict[str, Any], flags: Sequence[str] = ()) -> int:
-    """Of all machines together: the flag's, or the configuration's."""
+    """Of all machines together: the flag's, or the configuration's.
+
+    Raises:
+        ValueError: no number.
+    """
     given = [flags[i + 1] for i, flag in enumerate(flags) if flag == "--num_processes"]
-    return int(given[-1] if given else settings.get("num_processes", 1))
+    number = str(given[-1] if given else settings.get("num_processes", 1))
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"num_processes must be a number >= 1, got {number!r}")
+    return int(number)
 
 
 def engine_in(settings: dict[str, Any]) -> str:

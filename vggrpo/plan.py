@@ -82,10 +82,10 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
     if not path.is_file() or not list(path.parent.glob("*.safetensors")):
         raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
     config = json.loads(path.read_text())
-    shape = Shape.of(config, latent, video.max_len, video.lora.rank)
+    shape = Shape.of(config, latent, video.max_len, video.lora.rank, _sharing(recipe))
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
     at_once = "x".join(map(str, (video.frames, video.height, video.width)))
-    peak = peak_bytes(shape, sampling, latent, num_videos, averaged=False)
+    peak = peak_bytes(shape, sampling, latent, num_videos, averaged=recipe.optimizer.ema is not None)
     flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds, how = _seconds(config, shape, recipe, video, latent, counts, num_videos, device)
@@ -119,7 +119,7 @@ def _seconds(
         rate = _rate(shape, device)
         total = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
         return total / rate, f"{rate / 1e9:,.0f} G operations/s, as measured in one product"
-    one, two = (_measured(config, n, video, latent, micro, device) for n in (1, 2))
+    one, two = (_measured(config, n, video, latent, micro, shape.sharing, device) for n in (1, 2))
     forward, backward = (a + (shape.layers - 1) * max(b - a, 0.0) for a, b in zip(one, two, strict=True))
     again = counts.replay * forward if sampling.gradient_checkpointing else 0.0
     plain = counts.rollout + counts.reference
@@ -127,27 +127,34 @@ def _seconds(
 
 
 def _measured(
-    config: dict[str, Any], layers: int, video: VideoConfig, latent: tuple[int, ...], micro: int, device: str
+    config: dict[str, Any],
+    layers: int,
+    video: VideoConfig,
+    latent: tuple[int, ...],
+    micro: int,
+    sharing: int,
+    device: str,
 ) -> tuple[float, float]:
     """Seconds per video: a forward pass without a graph, and one with its backward pass."""
     from diffusers import WanTransformer3DModel
 
     from vggrpo.policy.lora import add_lora
-    from vggrpo.policy.wan import wan_velocity
+    from vggrpo.policy.wan import WanVelocity
 
-    transformer: nn.Module = WanTransformer3DModel.from_config(config | {"num_layers": layers})
+    transformer = WanTransformer3DModel.from_config(config | {"num_layers": layers})
     add_lora(transformer, video.lora)
-    transformer = transformer.to(device)
+    network: nn.Module = WanVelocity(transformer).to(device)
     z = torch.randn(micro, *latent, device=device)
-    text = torch.randn(micro, video.max_len, config["text_dim"], device=device)
+    text = torch.randn(micro // sharing, video.max_len, config["text_dim"], device=device)
     t = torch.full((micro,), 0.5, device=device)
+    rows = text.repeat_interleave(sharing, 0)
 
     def forward() -> None:
         with torch.no_grad():
-            wan_velocity(transformer, z, t, text)
+            network(z, t, rows)
 
     def both() -> None:
-        wan_velocity(transformer, z, t, text).square().mean().backward()
+        network(z, t, rows).square().mean().backward()
 
     return _fastest(forward) / micro, _fastest(both) / micro
 
@@ -169,6 +176,14 @@ def _fastest(call: Callable[[], object], times: int = 4) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - begin)
     return min(found[1:])
+
+
+def _sharing(recipe: Recipe) -> int:
+    """Videos that have one prompt in a micro-batch, if all prompts in it have equally many."""
+    mine = _share(recipe)
+    b, k = mine.prompts.stop - mine.prompts.start, mine.members.stop - mine.members.start
+    micro = min(recipe.sampling.micro_batch, b * k)
+    return math.gcd(micro, k) if micro % k == 0 or k % micro == 0 else 1
 
 
 def _ranks(recipe: Recipe) -> int:

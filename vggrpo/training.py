@@ -38,7 +38,6 @@ class Training:
         self.run = self.parts.run
         self.main = self.session.writes = self.run.accelerator.is_main_process
         self.bare = self.run.accelerator.unwrap_model(self.parts.network)
-        self.trackers = Trackers(self.run.accelerator, recipe)
         if found is not None:
             restore_moments(self.bare, self.parts.optimizer, found.tensors["optimizer"], self.run.engine)
         self.done = 0 if found is None else int(found.state["iteration"])
@@ -46,7 +45,10 @@ class Training:
         weights = whole_weights(self.bare, self.run.engine)
         average = None if found is None else found.tensors[AVERAGE] if recipe.optimizer.ema is not None else None
         self.average = None if recipe.optimizer.ema is None else start_average(weights, average)
-        self.progress, self.history = Progress(), list[dict[str, float]]()
+        self.progress = Progress()
+        self.history: list[dict[str, float]] = []
+        """Seconds of each phase."""
+        self.trackers = Trackers(self.run.accelerator, recipe)
 
     def go(self) -> int:
         """Train to the end; the exit status. A signal ends it sooner, with a checkpoint."""
@@ -81,8 +83,8 @@ class Training:
             finally:
                 watched.remove()
                 session.close()
+                self.trackers.close()
         self.keep()
-        self.trackers.close()
         if self.main and self.history:
             print(shares(self.history))
         return status

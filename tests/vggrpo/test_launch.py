@@ -165,6 +165,7 @@ def test_a_launcher_that_silently_starts_one_process_is_refused(tmp_path):
         (["launch.engine=zero4"], "launch.engine must be one of single, ddp, zero1, zero2, zero3, fsdp2, got 'zero4'"),
         (["launch.num_processes=0"], "num_processes must be >= 1, got 0"),
         (["--accelerate", "ddp", "--num_processes", "3"], "cannot be shared by 3 ranks"),
+        (["--accelerate", "ddp", "--num_processes", "two"], "num_processes must be a number >= 1, got 'two'"),
         (["--accelerate", "zero4"], "no launch configuration at launch/accelerate/zero4.yaml: give a path, or one of"),
         (["--accelerate", "README.yaml"], "no launch configuration at README.yaml"),
         (["--accelerate", TINY], "has no distributed_type"),

@@ -1,6 +1,7 @@
 """The formulas count what torch counts, and `vggrpo plan` says what a run then does."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from vggrpo.config import GrpoConfig, LoraSize, SamplingConfig
 from vggrpo.cost import Shape, backward_flops, evaluations, forward_flops, iteration_flops, peak_bytes, saved_bytes
 from vggrpo.plan import share
 from vggrpo.policy.lora import add_lora
-from vggrpo.policy.wan import wan_velocity
+from vggrpo.policy.wan import WanVelocity, wan_velocity
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window
 
@@ -63,6 +64,17 @@ def test_operations_are_those_that_torch_counts(made):
     attention = shape.layers * 4 * shape.N * shape.d * (shape.N + shape.M)
     assert forward_flops(shape) == forward.get_total_flops()
     assert forward_flops(shape) + backward_flops(shape) - attention / 2 == both.get_total_flops()
+
+
+def test_operations_of_videos_that_share_a_prompt_are_those_that_torch_counts(made):
+    """Three videos and one prompt, through the network that is trained; without sharing it would be more."""
+    transformer, shape, _ = made
+    network, shared = WanVelocity(transformer), replace(shape, sharing=3)
+    text = torch.randn(1, shape.M, 24).expand(3, -1, -1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.randn(3, *LATENT), torch.full((3,), 0.5), text)
+    assert 3 * forward_flops(shared) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert forward_flops(shared) < forward_flops(shape)
 
 
 def test_saved_bytes_are_those_that_autograd_keeps(made):

@@ -168,13 +168,18 @@ class FlowPolicy:
         return self.sde(z_t, v, t, t_next, self.cfg.noise)
 
     def _velocity(self, network: Network, cond: Tensor, negative: Tensor) -> Velocity:
-        def bound_to(c: Tensor) -> Velocity:
-            def velocity(z_t: Latent, t: Time) -> Latent:
-                return network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), c)
+        """Guided; both branches of guidance are one batch."""
+        scale = self.cfg.guidance_scale
+        c = negative if scale == 0 else cond if scale == 1 else torch.cat([negative, cond])
 
-            return velocity
+        def evaluated(z_t: Latent, t: Time) -> Latent:
+            return network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), c)
 
-        return classifier_free(bound_to(cond), bound_to(negative), self.cfg.guidance_scale)
+        def guided(z_t: Latent, t: Time) -> Latent:
+            without, under = evaluated(torch.cat([z_t, z_t]), t).chunk(2)
+            return classifier_free(lambda *_: under, lambda *_: without, scale)(z_t, t)
+
+        return evaluated if scale in (0, 1) else guided
 
     def _to_window(self, streams: Sequence[torch.Generator], c: Tensor, negative: Tensor, steps: range) -> Tensor:
         """Noise from `streams`, walked along the ODE to where the window begins."""

@@ -6,9 +6,11 @@ Timesteps of 0 to 1000 exist only here.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -29,11 +31,35 @@ def wan_velocity(
     transformer: WanTransformer3DModel,
     z_t: Float[Tensor, "B C L h w"],
     t: Float[Tensor, " B"],
-    text: Float[Tensor, "B tokens channels"],
+    text: Float[Tensor, "prompts tokens channels"],
 ) -> Float[Tensor, "B C L h w"]:
-    """v = eps - z0 as the network predicts it, at flow times t in [0, 1] of each latent; 1 is noise."""
+    """v = eps - z0 as the network predicts it, at flow times t in [0, 1] of each latent; 1 is noise.
+
+    `text` has a row for each latent; with `PromptAttention` it may have one for each prompt.
+    """
     v: Tensor = transformer(z_t, (TIMESTEPS * t).to(z_t), text, return_dict=False)[0]
     return v
+
+
+class PromptAttention(WanAttnProcessor):
+    """Cross-attention to one prompt of several videos: their tokens become one sequence of queries.
+
+    Queries do not see each other, so this is the same attention; but keys and values are computed once for every
+    prompt, and not once for every video.
+    """
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Float[Tensor, "n N d"],
+        encoder_hidden_states: Float[Tensor, "prompts tokens d"],
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Float[Tensor, "n N d"]:
+        """n is a multiple of the number of prompts, and every n / prompts videos in a row have one."""
+        queries = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        found: Tensor = super().__call__(attn, queries, encoder_hidden_states, attention_mask, rotary_emb)
+        return found.reshape(hidden_states.shape)
 
 
 class WanVelocity(nn.Module):
@@ -42,12 +68,22 @@ class WanVelocity(nn.Module):
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        for block in transformer.blocks:
+            block.attn2.set_processor(PromptAttention())
 
     def forward(
         self, z_t: Float[Tensor, "n C L h w"], t: Float[Tensor, " n"], text: Float[Tensor, "n tokens channels"]
     ) -> Float[Tensor, "n C L h w"]:
         """v at flow times t in [0, 1]."""
-        return wan_velocity(self.transformer, z_t, t, text)
+        return wan_velocity(self.transformer, z_t, t, prompts_in(text))
+
+
+def prompts_in(text: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "prompts tokens channels"]:
+    """Each prompt once, where every prompt stands in equally many rows, one after the other; else all rows."""
+    begins = torch.cat([text.new_ones(1, dtype=torch.bool), (text[1:] != text[:-1]).flatten(1).any(1)])
+    first = begins.nonzero()[:, 0]
+    rows = len(text) // len(first)
+    return text[first] if torch.equal(first, rows * torch.arange(len(first), device=first.device)) else text
 
 
 def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
