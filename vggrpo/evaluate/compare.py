@@ -125,7 +125,7 @@ def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
     "Surely" is at `LEVEL` over the number of judges of geometry (Bonferroni): the more are asked, the more one of them
     improves by chance.
     """
-    motion, sharpness = (table[name].tuned / table[name].base for name in (MOTION, SHARPNESS))
+    motion, sharpness = (table[k].tuned / table[k].base if table[k].base else math.nan for k in (MOTION, SHARPNESS))
     asked = [name for name in table if name.startswith(CONSISTENCY) and table[name].pairs]
     level = LEVEL / max(len(asked), 1)
     better = [name for name in asked if table[name].improved(level)]

@@ -129,6 +129,12 @@ def test_what_nobody_can_judge_is_nan_and_not_a_number():
     assert not row.improved()
 
 
+def test_a_base_that_does_not_move_cannot_be_compared_with_and_passes_nobody():
+    told = compare(videos(motion=0.0), videos(sampson=0.4, motion=0.0, seed=1), PROMPTS).verdict
+    assert math.isnan(told.motion)
+    assert not told.passed
+
+
 def test_videos_that_are_not_pairs_are_refused():
     with pytest.raises(ValueError, match="videos must come in pairs, got 2 and 1"):
         compare(videos(2), videos(1), [0, 1])
