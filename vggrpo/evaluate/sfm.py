@@ -31,6 +31,8 @@ LEAST_SIDE = 256
 """Of the longer side; smaller frames are refused, or enlarged to it."""
 REGISTERED, POINTS = 0.8, 30
 """Least share of frames and number of points of a model that may speak for the video."""
+LARGEST_ERROR = 4.0
+"""Pixels that COLMAP forgives a point; a mean beyond it is a model that has fallen apart."""
 VAGUE = 0.15
 """Relative standard deviation of the focal length from which on the path does not tell it (a truck's never does)."""
 START_FOV = 62.0
@@ -76,6 +78,8 @@ def sfm(
     if found is None:
         return {**_none("nothing could be reconstructed"), "sfm/registered": Value(0.0)}
     told = {"sfm/registered": Value(found.registered)}
+    if not found.reprojection <= LARGEST_ERROR:
+        return {**_none("the model is degenerate: its points project nowhere near where they were seen"), **told}
     if found.registered < REGISTERED or found.num_points < POINTS:
         placed = f"{found.registered:.0%} of the frames and {found.num_points} points registered"
         return {**_none(placed), **told}
@@ -133,18 +137,17 @@ def reconstruct(frames: Sequence[np.ndarray], fov: float, seed: int = 0) -> Reco
             )
             pycolmap.match_exhaustive(database, matching_options=matching, verification_options=verification)
             models = pycolmap.incremental_mapping(database, images, Path(folder), options=mapping)
+            if not models:
+                return None
+            return _read(max(models.values(), key=lambda model: model.num_reg_images()), len(frames))
         finally:
             pycolmap.logging.minloglevel = before
-    if not models:
-        return None
-    return _read(max(models.values(), key=lambda model: model.num_reg_images()), len(frames))
 
 
 def _read(model: Any, count: int) -> Reconstruction:
     placed = {image.name: image for image in model.images.values() if image.has_pose}
     (camera,) = model.cameras.values()
-    doubt = _focal_doubt(model)
-    model.update_point_3d_errors()  # the adjustment in it has moved them
+    focal, reprojection = float(camera.focal_length), float(model.compute_mean_reprojection_error())
     poses, depths = [], []
     for name in sorted(placed):
         from_world = placed[name].cam_from_world()
@@ -154,10 +157,10 @@ def _read(model: Any, count: int) -> Reconstruction:
     return Reconstruction(
         len(placed) / count,
         model.num_points3D(),
-        model.compute_mean_reprojection_error(),
-        model.compute_mean_track_length(),
-        float(camera.focal_length),
-        doubt,
+        reprojection,
+        float(model.compute_mean_track_length()),
+        focal,
+        _focal_doubt(model),  # last: it moves the model, where that is degenerate to anywhere
         torch.from_numpy(np.stack(poses)) if len(placed) == count else None,
         float(np.median(depths)) if depths else math.nan,
     )
