@@ -80,7 +80,7 @@ def test_a_frozen_video_agrees_with_itself_and_is_not_praised_for_it(truck):
 
 
 def test_the_command_in_every_caption_of_the_world_is_read():
-    for caption in draw_captions(range(120)):
+    for caption in draw_captions(range(60)):
         assert read_command(caption.text) == (caption.facts["camera"], int(caption.facts["direction"]))
     for other in ("A dog runs along a beach.", "", "The camera pans.", "The camera pans leftish slowly."):
         assert read_command(other) is None
@@ -109,7 +109,7 @@ def test_a_verb_is_right_for_its_prompt_wrong_for_another_and_not_judged_for_a_f
 def test_the_shipped_referee_reads_the_verb_and_sees_shake(truck):
     referee = load_judge("assets/tiny-referee")
     steady, shaky = (
-        referee_says(video, referee, truck.caption)
+        referee_says(video[::2], referee, truck.caption)
         for video in (truck.video, PERTURBATIONS["pose_jitter"].apply(truck, 0.4, 0).video)
     )
     assert steady["side"].value == 1
