@@ -34,6 +34,7 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.world
 	$(BIN)/python -m benchmarks.rewards
+	$(BIN)/python -m benchmarks.reward_path
 
 # In the order in which one needs the other: the referee sees through the VAE, and judges the generator.
 assets: $(INSTALLED)

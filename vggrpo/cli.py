@@ -197,7 +197,7 @@ def score(argv: Sequence[str]) -> int:
     if cfg.judges:
         from vggrpo.evaluate.panel import load_panel
 
-        panel = load_panel(cfg.referee, None, sfm=True)
+        panel = load_panel(cfg.referee, None)
     for name, video in found_videos(cfg):
         scene, said = score_one(video, model, panel)
         print(json.dumps({"video": name} | said))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vggrpo.bootstrap.assets import save_json, sha256
 from vggrpo.checkpoint import MANIFEST, restore_weights
 from vggrpo.config import Recipe
-from vggrpo.evaluate.compare import CONSISTENCY, STEADINESS, Comparison, compare
+from vggrpo.evaluate.compare import CONSISTENCY, LEVEL, STEADINESS, Comparison, compare
 from vggrpo.evaluate.panel import load_panel
 from vggrpo.evaluate.value import Value
 from vggrpo.evaluation import Judging, as_json, judged_videos, load_decoder
@@ -110,7 +110,7 @@ def parting(found: dict[int, Comparison]) -> str | None:
     for step, one in found.items():
         risen = [name for name, row in one.table.items() if name.startswith("reward/") and row.pairs and row.low > 0]
         judges = [name for name in one.table if name.startswith(CONSISTENCY + STEADINESS)]
-        worse = [name for name in judges if one.table[name].worsened()]
+        worse = [name for name in judges if one.table[name].worsened(LEVEL / len(judges))]
         if risen and worse:
             return f"at iteration {step} {', '.join(risen)} has risen and {', '.join(worse)} has got worse: they part"
     return None

@@ -22,9 +22,10 @@ from vggrpo.bootstrap.assets import save_json
 from vggrpo.bootstrap.vae import decode, denormalise
 from vggrpo.data import read_prompts
 from vggrpo.evaluate.compare import MOTION, Comparison, compare
-from vggrpo.evaluate.panel import Panel, ask, load_panel
+from vggrpo.evaluate.panel import Panel, When, ask, load_panel
 from vggrpo.evaluate.report import HEADLINE, Shown, markdown, scatter, write_report
 from vggrpo.evaluate.value import Value
+from vggrpo.policy.wan import latent_shape
 from vggrpo.sample import Drawing, Models, SampleConfig, load_models, sample_videos
 
 SHOWN = 6
@@ -49,8 +50,8 @@ class Judging(Drawing):
     """Folder of the second geometry model, which knows the embedded world; None for any other."""
     fov: float | None = 62.0
     """Field of view, degrees across the image, that structure from motion should find; the middle of the world's."""
-    sfm: bool = True
-    """Structure from motion, where frames have 256 pixels or more; it takes seconds a video."""
+    sfm: When = "large"
+    """Structure from motion: on frames of 256 pixels and more, on smaller ones, too, or never; seconds a video."""
 
     def check(self) -> None:
         """Raises ValueError, as `Drawing.check`."""
@@ -164,9 +165,9 @@ def evaluate_models(cfg: EvaluateConfig, say: Callable[[str], None]) -> str:
     """
     cfg.check()
     out, prompts = Path(cfg.out), cfg.chosen_prompts()
+    latent_shape(Path(cfg.base), cfg.frames, cfg.height, cfg.width)  # what cannot be is told before anything is written
     panel = load_panel(cfg.referee, cfg.fov, sfm=cfg.sfm)
     sides = [Candidate(BASE, cfg.how(cfg.base)), *candidates(cfg)]
-    loaded = {one.name: load_models(one.how, prompts) for one in sides}  # what is missing is missed before the work
     vae = load_decoder(cfg.base, cfg.device)
     told: dict[str, list[dict[str, Value]]] = {}
     shown = [Shown(prompt, {}) for prompt in prompts[:SHOWN]]
@@ -174,8 +175,8 @@ def evaluate_models(cfg: EvaluateConfig, say: Callable[[str], None]) -> str:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "videos.jsonl").open("w") as file:
         for name, how in sides:
-            told[name], of = [], []
-            for one in judged_videos(loaded[name], vae, prompts, how, cfg.num_seeds, panel):
+            told[name], of, models = [], [], load_models(how, prompts)
+            for one in judged_videos(models, vae, prompts, how, cfg.num_seeds, panel):
                 told[name].append(one.told)
                 of.append(one.prompt)
                 if one.seed == how.seed and one.prompt < SHOWN:

@@ -29,6 +29,8 @@ from vggrpo.policy.flow_policy import Encoder
 from vggrpo.sampler import draw, normal, time_grid
 from vggrpo.types import Condition, Streams
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""`policy.lora.WEIGHTS`, without the libraries that it needs."""
 SETS: dict[str, dict[str, float]] = {"default": DEFAULT, "paper": PAPER}
 
 
@@ -96,6 +98,8 @@ class SampleConfig(Drawing):
         super().check()
         if self.best_of < 1 or self.guidance_geometry < 0:
             raise ValueError("best_of must be >= 1, and guidance_geometry >= 0")
+        if self.lora is not None and not (Path(self.lora) / LORA_WEIGHTS).is_file():
+            raise ValueError(f"{self.lora} has no {LORA_WEIGHTS}: it is not the folder of a LoRA")
         check_animation(self.animate)
 
 
@@ -131,7 +135,6 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     Raises:
         ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
     """
-    from vggrpo.policy.lora import WEIGHTS
     from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders, own_shift
     from vggrpo.sft import load_transformer
     from vggrpo.stitch.load import load_lgm
@@ -146,9 +149,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
             given = getattr(cfg, name)
             raise ValueError(f"{name} must be a multiple of {given // side * patch} for {folder}, got {given}")
     if cfg.lora is not None:
-        if not (Path(cfg.lora) / WEIGHTS).is_file():
-            raise ValueError(f"{cfg.lora} has no {WEIGHTS}: it is not the folder of a LoRA")
-        transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=WEIGHTS)
+        transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=LORA_WEIGHTS)
     encode = cached_prompts(load_encoders(folder, cfg.max_len, cfg.device), [*prompts, cfg.negative_prompt])
     network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
     grid = time_grid(cfg.num_steps, own_shift(folder) if cfg.shift is None else cfg.shift)

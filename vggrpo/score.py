@@ -184,7 +184,8 @@ def plot(path: Path, name: str, video: Float[Tensor, "T 3 H W"], scene: Geometry
         axis.set_yticks([])
     left, right = below.subplots(1, 2, width_ratios=[2, 3])
     centres, ahead = (scene.c2w[:, :3, 3] / unit)[:, [0, 2]], scene.c2w[:, [0, 2], 2]
-    middle, half = (centres.amax(0) + centres.amin(0)) / 2, float(max((centres.amax(0) - centres.amin(0)).max(), 0.05))
+    low, high = centres.amin(0), centres.amax(0)
+    middle, half = (low + high) / 2, max(float((high - low).max()), 0.05)
     x, z = centres.unbind(-1)
     left.quiver(x, z, *ahead.unbind(-1), color="lightgrey", width=0.004, scale=9)
     left.plot(x, z, color="grey", linewidth=1)

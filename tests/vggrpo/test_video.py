@@ -172,7 +172,9 @@ def test_the_commands_write_what_they_promise(tuned, tmp_path, capsys):
     few.write_text("\n".join(prompts(*FILES["held_out"])[:2]))
     size = ["--frames", "5", "--height", "32", "--width", "32", "--num-steps", "2"]
     out = tmp_path / "samples"
-    assert cli.main(["sample", "--prompts", str(few), "--out", str(out), "--lora", str(tuned), *size]) == 0
+    moving = ["--animate", str(tmp_path / "samples.webp")]
+    assert cli.main(["sample", "--prompts", str(few), "--out", str(out), "--lora", str(tuned), *moving, *size]) == 0
+    assert (tmp_path / "samples.webp").is_file()
     assert {path.name for path in out.iterdir()} == {
         *(f"{n:03d}.{kind}" for n in range(2) for kind in ("mp4", "npz", "ply", "safetensors")), "samples.json",
     }  # fmt: skip
@@ -267,6 +269,7 @@ def test_where_reward_and_judges_part_is_one_line():
 def test_bad_input_is_one_line(words, message, capsys, tmp_path):
     more = [f"out={tmp_path}"] if words[0] == "train" else []
     assert cli.main([*words, *more]) == 2
+    assert not Path("x").exists()
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("vggrpo: ")
     assert message in said

@@ -42,7 +42,7 @@ class Paired:
     tuned_na: float
     """Share of videos that the judge has no number for."""
     p: float
-    """Two-sided, of the bootstrap: twice the share of means on the other side of 0."""
+    """Two-sided, of the bootstrap: twice the share of means on the other side of 0; at least 2 / 2^prompts."""
     sign_p: float
     """Two-sided, of the sign test over prompts: whatever the differences' size."""
 
@@ -79,7 +79,8 @@ def paired(base: Told, tuned: Told, prompts: Sequence[int], name: str, rows: Seq
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     beyond = min(int((means >= 0).sum()), int((means <= 0).sum()))
-    p = min(1.0, 2 * (beyond + 1) / (RESAMPLED + 1)) if len(groups) > 1 else 1.0  # of one prompt nothing follows
+    # A bootstrap of three prompts that agree is sure of itself; n prompts say no more than n coins that fall alike.
+    p = min(1.0, max(2 * (beyond + 1) / (RESAMPLED + 1), 2 / 2 ** len(groups)))
     return Paired(
         float(a[both].mean()), float(b[both].mean()), float(difference.mean()), float(low), float(high),
         int(both.sum()), no_base, no_tuned, p, sign_test([float(g.mean()) for g in groups]),
@@ -125,7 +126,7 @@ def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
     "Surely" is at `LEVEL` over the number of judges of geometry (Bonferroni): the more are asked, the more one of them
     improves by chance.
     """
-    motion, sharpness = (table[name].tuned / table[name].base for name in (MOTION, SHARPNESS))
+    motion, sharpness = (table[k].tuned / table[k].base if table[k].base else math.nan for k in (MOTION, SHARPNESS))
     asked = [name for name in table if name.startswith(CONSISTENCY) and table[name].pairs]
     level = LEVEL / max(len(asked), 1)
     better = [name for name in asked if table[name].improved(level)]

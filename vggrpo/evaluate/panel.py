@@ -1,6 +1,7 @@
 """All judges together: what is asked of every video that is evaluated."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +12,8 @@ from vggrpo.evaluate.referee import load_judge, referee_says
 from vggrpo.evaluate.sfm import sfm
 from vggrpo.evaluate.value import NA, Value
 
+When = Literal["large", "always", "never"]
+"""For frames of 256 pixels and more; for smaller ones, enlarged, too; for none."""
 BY_REFEREE = ("referee/path_jerk", "referee/reprojection", "verb", "side")
 
 
@@ -22,11 +25,11 @@ class Panel:
     """None: what it would say is N/A."""
     fov: float | None = None
     """Field of view (degrees across the image) that a focal length found by structure from motion is held against."""
-    sfm: bool = True
-    """Whether structure from motion is tried at all; it takes seconds a video."""
+    sfm: When = "large"
+    """Whether structure from motion is tried, which takes seconds a video."""
 
 
-def load_panel(referee: str | None, fov: float | None, *, sfm: bool) -> Panel:
+def load_panel(referee: str | None, fov: float | None, *, sfm: When = "large") -> Panel:
     """With the referee of an asset folder, if one is named.
 
     Raises:
@@ -44,8 +47,8 @@ def ask(panel: Panel, video: Float[Tensor, "T 3 H W"], prompt: str | None = None
         ValueError: fewer than two frames.
     """
     told = judge(video)
-    if panel.sfm:
-        told |= sfm(open_video(video).frames, panel.fov)
+    if panel.sfm != "never":
+        told |= sfm(open_video(video).frames, panel.fov, enlarge=panel.sfm == "always")
     if panel.referee is None:
         return told | {name: Value(NA, "no referee was named") for name in BY_REFEREE}
     return told | referee_says(video, panel.referee, prompt)

@@ -6,8 +6,9 @@
     focal_deviation   |log of the focal length found over the one expected|: a drifting world is absorbed by it
     path_jerk         `path.path_jerk` of the cameras found
 
-COLMAP's SIFT registers next to nothing in frames below `LEAST_SIDE` pixels, also enlarged (launch/LOG.md); there, and
-where less than `REGISTERED` of the frames find a place, all but `registered` are N/A.
+COLMAP's SIFT finds some thirty keypoints in a frame of 64 pixels and registers nothing; enlarged to `LEAST_SIDE`, it
+registers most frames of three clips in five, at seconds a video (launch/LOG.md). So smaller frames are N/A unless asked
+for. Where less than `REGISTERED` of the frames find a place, all but `registered` are N/A.
 """
 
 import math
@@ -27,9 +28,11 @@ from vggrpo.evaluate.path import path_jerk
 from vggrpo.evaluate.value import NA, Value
 
 LEAST_SIDE = 256
-"""Of the longer side."""
+"""Of the longer side; smaller frames are refused, or enlarged to it."""
 REGISTERED, POINTS = 0.8, 30
 """Least share of frames and number of points of a model that may speak for the video."""
+LARGEST_ERROR = 4.0
+"""Pixels that COLMAP forgives a point; a mean beyond it is a model that has fallen apart."""
 VAGUE = 0.15
 """Relative standard deviation of the focal length from which on the path does not tell it (a truck's never does)."""
 START_FOV = 62.0
@@ -57,19 +60,30 @@ class Reconstruction:
     """In the same units."""
 
 
-def sfm(frames: Sequence[np.ndarray], fov: float | None = None, seed: int = 0) -> dict[str, Value]:
-    """`NAMES` of frames [H W 3], RGB uint8. `fov`: the expected field of view, degrees across the image."""
+def sfm(
+    frames: Sequence[np.ndarray], fov: float | None = None, seed: int = 0, *, enlarge: bool = False
+) -> dict[str, Value]:
+    """`NAMES` of frames [H W 3], RGB uint8; lengths are pixels of the frames as given.
+
+    `fov`: the expected field of view, degrees across the image. `enlarge`: try frames below `LEAST_SIDE`, too.
+    """
     height, width = frames[0].shape[:2]
-    if max(height, width) < LEAST_SIDE:
+    zoom = LEAST_SIDE / max(height, width)
+    if zoom > 1 and not enlarge:
         return _none(f"frames of {height} x {width}: structure from motion needs {LEAST_SIDE} pixels")
+    if zoom > 1:
+        height, width = round(zoom * height), round(zoom * width)
+        frames = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC) for frame in frames]
     found = reconstruct(frames, START_FOV if fov is None else fov, seed)
     if found is None:
         return {**_none("nothing could be reconstructed"), "sfm/registered": Value(0.0)}
     told = {"sfm/registered": Value(found.registered)}
+    if not found.reprojection <= LARGEST_ERROR:
+        return {**_none("the model is degenerate: its points project nowhere near where they were seen"), **told}
     if found.registered < REGISTERED or found.num_points < POINTS:
         placed = f"{found.registered:.0%} of the frames and {found.num_points} points registered"
         return {**_none(placed), **told}
-    told["sfm/reprojection"] = Value(found.reprojection)
+    told["sfm/reprojection"] = Value(found.reprojection / max(zoom, 1.0))
     told["sfm/track_length"] = Value(found.track_length)
     if fov is None:
         told["sfm/focal_deviation"] = Value(NA, "no field of view is expected")
@@ -123,18 +137,17 @@ def reconstruct(frames: Sequence[np.ndarray], fov: float, seed: int = 0) -> Reco
             )
             pycolmap.match_exhaustive(database, matching_options=matching, verification_options=verification)
             models = pycolmap.incremental_mapping(database, images, Path(folder), options=mapping)
+            if not models:
+                return None
+            return _read(max(models.values(), key=lambda model: model.num_reg_images()), len(frames))
         finally:
             pycolmap.logging.minloglevel = before
-    if not models:
-        return None
-    return _read(max(models.values(), key=lambda model: model.num_reg_images()), len(frames))
 
 
 def _read(model: Any, count: int) -> Reconstruction:
     placed = {image.name: image for image in model.images.values() if image.has_pose}
     (camera,) = model.cameras.values()
-    doubt = _focal_doubt(model)
-    model.update_point_3d_errors()  # the adjustment in it has moved them
+    focal, reprojection = float(camera.focal_length), float(model.compute_mean_reprojection_error())
     poses, depths = [], []
     for name in sorted(placed):
         from_world = placed[name].cam_from_world()
@@ -144,10 +157,10 @@ def _read(model: Any, count: int) -> Reconstruction:
     return Reconstruction(
         len(placed) / count,
         model.num_points3D(),
-        model.compute_mean_reprojection_error(),
-        model.compute_mean_track_length(),
-        float(camera.focal_length),
-        doubt,
+        reprojection,
+        float(model.compute_mean_track_length()),
+        focal,
+        _focal_doubt(model),  # last: it moves the model, where that is degenerate to anywhere
         torch.from_numpy(np.stack(poses)) if len(placed) == count else None,
         float(np.median(depths)) if depths else math.nan,
     )

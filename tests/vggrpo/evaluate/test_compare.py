@@ -80,10 +80,14 @@ def test_sign_tests_are_the_binomials():
     assert sign_test([1.0, -1.0, 0.0]) == 1
 
 
-def test_one_prompt_proves_nothing():
-    row = paired([{"x": Value(1.0)}] * 4, [{"x": Value(0.5)}] * 4, [0] * 4, "x")
-    assert row.p == 1
-    assert not row.improved()
+def test_few_prompts_prove_little_however_much_they_agree():
+    for count, p in ((1, 1.0), (3, 0.25), (5, 0.0625)):
+        of = [k % count for k in range(30)]
+        row = paired([{"x": Value(1.0)}] * 30, [{"x": Value(0.5)}] * 30, of, "x")
+        assert row.high < 0
+        assert row.p == p
+        assert not row.improved()
+    assert paired([{"x": Value(1.0)}] * 30, [{"x": Value(0.5)}] * 30, [k % 6 for k in range(30)], "x").improved()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,12 @@ def test_what_nobody_can_judge_is_nan_and_not_a_number():
     assert math.isnan(row.difference)
     assert (row.pairs, row.base_na, row.tuned_na) == (0, 1.0, 0.0)
     assert not row.improved()
+
+
+def test_a_base_that_does_not_move_cannot_be_compared_with_and_passes_nobody():
+    told = compare(videos(motion=0.0), videos(sampson=0.4, motion=0.0, seed=1), PROMPTS).verdict
+    assert math.isnan(told.motion)
+    assert not told.passed
 
 
 def test_videos_that_are_not_pairs_are_refused():

@@ -80,7 +80,7 @@ def test_a_frozen_video_agrees_with_itself_and_is_not_praised_for_it(truck):
 
 
 def test_the_command_in_every_caption_of_the_world_is_read():
-    for caption in draw_captions(range(120)):
+    for caption in draw_captions(range(60)):
         assert read_command(caption.text) == (caption.facts["camera"], int(caption.facts["direction"]))
     for other in ("A dog runs along a beach.", "", "The camera pans.", "The camera pans leftish slowly."):
         assert read_command(other) is None
@@ -109,7 +109,7 @@ def test_a_verb_is_right_for_its_prompt_wrong_for_another_and_not_judged_for_a_f
 def test_the_shipped_referee_reads_the_verb_and_sees_shake(truck):
     referee = load_judge("assets/tiny-referee")
     steady, shaky = (
-        referee_says(video, referee, truck.caption)
+        referee_says(video[::2], referee, truck.caption)
         for video in (truck.video, PERTURBATIONS["pose_jitter"].apply(truck, 0.4, 0).video)
     )
     assert steady["side"].value == 1
@@ -124,6 +124,10 @@ def test_structure_from_motion_finds_the_focal_length_and_a_wobble_spoils_it(lar
     assert truth == sfm(uint8(large.video), fov_of(large))  # seeded
     wobbling = sfm(uint8(PERTURBATIONS["local_warp"].apply(large, 3.0, 0).video), fov_of(large))
     assert not wobbling["sfm/reprojection"].value < 1.5 * truth["sfm/reprojection"].value
+    small = uint8(torch.nn.functional.interpolate(large.video, (128, 128), mode="bilinear", antialias=True))
+    enlarged = sfm(small, fov_of(large), enlarge=True)
+    assert enlarged["sfm/registered"].value == 1
+    assert enlarged["sfm/focal_deviation"].value < 0.1  # relative, and in the video's own field of view
     unasked = sfm(uint8(large.video))
     assert unasked["sfm/focal_deviation"].reason == "no field of view is expected"
 
@@ -173,10 +177,10 @@ def test_sift_judges_too_are_ordered_by_faults(large):
 
 
 def test_a_panel_without_a_referee_says_so(truck):
-    told = ask(load_panel(None, None, sfm=False), truck.video[:5])
+    told = ask(load_panel(None, None, sfm="never"), truck.video[:5])
     assert all(told[name].reason == "no referee was named" for name in BY_REFEREE)
     assert not any(name.startswith("sfm/") for name in told)
     with pytest.raises(ValueError, match="fov must be between 0 and 180 degrees, got 190"):
-        load_panel(None, 190.0, sfm=True)
+        load_panel(None, 190.0)
     with pytest.raises(ValueError, match=r"nowhere"):
-        load_panel("nowhere", None, sfm=True)
+        load_panel("nowhere", None)
