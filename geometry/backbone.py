@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from geometry.cameras import rescaled
 from geometry.hooks import hooked
 from geometry.types import Geometry
 
@@ -64,6 +65,8 @@ class BackboneSpec:
     matched: tuple[str, ...] = ()
     """Modules after every stitch point whose output (the first tensor of it) distillation may ask for as well: dense
     intermediate results, such as a correspondence, say more of what is wrong than a few poses do."""
+    frames_first: bool = False
+    """Blocks return frame 0 of all clips, then frame 1, ... on the first axis of [B*T, N, C] (Any4D)."""
 
     def __post_init__(self) -> None:
         order = [self.blocks.index(p) if p in self.blocks else -1 for p in self.stitch_points]
@@ -82,14 +85,6 @@ class BackboneSpec:
         if point not in self.stitch_points:
             raise ValueError(f"{point!r} is not a stitch point; choose from {', '.join(self.stitch_points)}")
         return self.blocks.index(point)
-
-
-def rescaled(
-    intrinsics: Float[Tensor, "*batch 3 3"], before: tuple[int, int], after: tuple[int, int]
-) -> Float[Tensor, "*batch 3 3"]:
-    """Intrinsics of the same view when an image of (H, W) `before` is resized to (H, W) `after`."""
-    scale = intrinsics.new_tensor([after[1] / before[1], after[0] / before[0], 1.0])
-    return intrinsics * scale[:, None]
 
 
 class _AllFound(Exception):
@@ -162,7 +157,8 @@ class HookedBackbone(nn.Module):
         with suppress(_AllFound), hooked(self.module, {point: partial(keep, point) for point in points}):
             self._call(self.module, images, intrinsics)
         batch, P = (*video.shape[:-4], T), self.spec.num_prefix
-        whole = {point: found[point].reshape(*batch, P + h * w, self.spec.dim) for point in points}
+        ordered = {point: self._clips_first(found[point], (T, B)) for point in points}
+        whole = {point: x.reshape(*batch, P + h * w, self.spec.dim) for point, x in ordered.items()}
         return {point: Tokens(x[..., :P, :], x[..., P:, :].unflatten(-2, (h, w))) for point, x in whole.items()}
 
     def forward_from(
@@ -203,7 +199,7 @@ class HookedBackbone(nn.Module):
                     "the tokens) or no_grad; turn that off in the module"
                 )
             old = self._tensor(point, output, (B, T, h * w))
-            new = whole.reshape(old.shape).to(old.dtype)
+            new = self._clips_first(whole.reshape(old.shape), (B, T)).to(old.dtype)
             return type(output)([new, *output[1:]]) if isinstance(output, list | tuple) else new
 
         passed = self.spec.upto(point) if skip else ()
@@ -235,6 +231,11 @@ class HookedBackbone(nn.Module):
         if intrinsics is not None:
             intrinsics = rescaled(intrinsics.reshape(-1, T, 3, 3), (H, W), size)
         return images.reshape(-1, T, 3, *size), intrinsics
+
+    def _clips_first(self, x: Tensor, axes: tuple[int, int]) -> Tensor:
+        """[T*B, N, C] as [B*T, N, C], or (with the axes the other way round) back; other layouts as they are."""
+        frames_first = self.spec.frames_first and x.ndim == 3
+        return x.unflatten(0, axes).transpose(0, 1).flatten(0, 1) if frames_first else x
 
     def _tensor(self, point: str, output: Any, shape: tuple[int, int, int]) -> Tensor:
         """The tensor in a block's output, which must be [B*T, N, C] or [B, T, N, C]."""

@@ -69,6 +69,14 @@ def pinhole(fov_degrees: Float[Tensor, "*batch"], height: int, width: int) -> Fl
     return intrinsics
 
 
+def rescaled(
+    intrinsics: Float[Tensor, "*batch 3 3"], before: tuple[int, int], after: tuple[int, int]
+) -> Float[Tensor, "*batch 3 3"]:
+    """Intrinsics of the same view when an image of (H, W) `before` is resized to (H, W) `after`."""
+    scale = intrinsics.new_tensor([after[1] / before[1], after[0] / before[0], 1.0])
+    return intrinsics * scale[:, None]
+
+
 def unproject(
     depth: Float[Tensor, "*batch H W"], intrinsics: Float[Tensor, "*batch 3 3"], c2w: Float[Tensor, "*batch 4 4"]
 ) -> Float[Tensor, "*batch H W 3"]:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from geometry.backbone import Grid, HookedBackbone, Tokens, rescaled
+from geometry.backbone import Grid, HookedBackbone, Tokens
+from geometry.cameras import rescaled
 from geometry.types import Geometry
 
 TimeMode = Literal["frames", "phases", "latent"]

@@ -86,6 +86,52 @@ def render_cloud(scene: Geometry, usable: Bool[Tensor, "*batch T H W"], *, exclu
     return View(*(x.reshape(*batch, T, H, W) for x in (rendered.where(both, one), observed.where(both, one), both)))
 
 
+class Succession(NamedTuple):
+    """The points of each frame but the last, and what the next frame sees where they come to be; NaN-free."""
+
+    expected: Float[Tensor, "*batch pairs H W"]
+    """z-depth of the point, displaced by its own scene flow, in the next camera."""
+    observed: Float[Tensor, "*batch pairs H W"]
+    """What the next frame sees at that very place."""
+    flow: Float[Tensor, "*batch pairs H W 3"]
+    """Scene flow of the next frame there; zero without a flow of every frame."""
+    both: Bool[Tensor, "*batch pairs H W"]
+    """Both are known, on one surface, and in front of the camera. Elsewhere the others are placeholders."""
+
+
+def succeed(scene: Geometry, usable: Bool[Tensor, "*batch T H W"]) -> Succession:
+    """Follow the points of every frame into the next one: by their scene flow if `flow_grid` is "frame", else at rest.
+
+    Args:
+        scene: finite values only; T >= 2.
+        usable: pixels that are followed, and that may be compared with.
+    """
+    *batch, T, H, W = scene.depth.shape
+    scene = scene.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]))
+    usable = usable.reshape(-1, T, H, W)
+    flow = scene.scene_flow if scene.scene_flow is not None and scene.flow_grid == "frame" else None
+    there = scene.points[:, :-1] if flow is None else (scene.points + flow)[:, :-1]
+    at, expected = project(there, scene.intrinsics[:, 1:], scene.c2w[:, 1:])
+    ahead = expected > NEAR
+    at = at.where(ahead[..., None], torch.full_like(at, -1.0))
+    depth, allowed = scene.depth[:, 1:].flatten(2), usable[:, 1:].flatten(2)
+    observed, known = _interpolate(depth, allowed, at.flatten(2, 3), (H, W))
+    both = (known.view(-1, T - 1, H, W) & usable[:, :-1] & ahead).reshape(*batch, T - 1, H, W)
+    next_flow = torch.zeros_like(there)
+    if flow is not None:
+        place = 2 * at.flatten(0, 1) / at.new_tensor([W, H]) - 1  # pixel centres at +0.5, as without align_corners
+        sampled = F.grid_sample(flow[:, 1:].flatten(0, 1).movedim(-1, 1), place, align_corners=False)
+        next_flow = sampled.movedim(1, -1).view(there.shape)
+    one, zero = torch.ones_like(expected), torch.zeros_like(there)
+    flat = both.view(-1, T - 1, H, W)
+    return Succession(
+        expected.where(flat, one).view(both.shape),
+        observed.view(expected.shape).where(flat, one).view(both.shape),
+        next_flow.where(flat[..., None], zero).view(*both.shape, 3),
+        both,
+    )
+
+
 @torch.no_grad()
 def _nearest(
     cloud: Float[Tensor, "B N 3"],

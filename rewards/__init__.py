@@ -7,15 +7,27 @@ r = motion_smoothness(scene)          # [*batch]; NaN: cannot be scored
 from functools import partial
 
 from rewards.base import RewardFn
-from rewards.motion import MotionErrors, camera_motion, camera_motion_floor, motion_errors, motion_smoothness
+from rewards.epipolar import Matches, epipolar, sampson_errors
+from rewards.following import camera_following
+from rewards.motion import (
+    MotionErrors,
+    camera_motion,
+    camera_motion_floor,
+    motion_errors,
+    motion_prior,
+    motion_smoothness,
+)
 from rewards.reprojection import ESTIMATED_FLOW, reprojection_consistency, reprojection_errors
+from rewards.smoothness import scene_smoothness
 
 REWARDS: dict[str, RewardFn] = {
     "motion_smoothness": motion_smoothness,
     "reprojection_consistency": reprojection_consistency,
     "camera_motion_floor": camera_motion_floor,
+    "scene_smoothness": scene_smoothness,
 }
-"""Every shipped reward by name, as it is for exact geometry."""
+"""Every shipped reward of a geometry alone, by name, as it is for exact geometry. `camera_following`, `epipolar` and
+`motion_prior` need to be told something beside it: a path, correspondences, a number."""
 
 ESTIMATED: dict[str, RewardFn] = {
     **REWARDS,
@@ -28,7 +40,8 @@ PAPER: dict[str, float] = {"motion_smoothness": 1.0, "reprojection_consistency":
 
 DEFAULT: dict[str, float] = {**PAPER, "camera_motion_floor": 3.0}
 """The shipped set: the anti-freeze term weighs more than the other two together, so that even in a group of two, where
-every z-score is +-1, stillness cannot win. While every video of a group moves, it is constant and has no say."""
+every z-score is +-1, stillness cannot win; a set with `scene_smoothness`, which likes stillness too, needs 4. While
+every video of a group moves, it is constant and has no say."""
 
 __all__ = [
     "DEFAULT",
@@ -36,12 +49,18 @@ __all__ = [
     "ESTIMATED_FLOW",
     "PAPER",
     "REWARDS",
+    "Matches",
     "MotionErrors",
     "RewardFn",
+    "camera_following",
     "camera_motion",
     "camera_motion_floor",
+    "epipolar",
     "motion_errors",
+    "motion_prior",
     "motion_smoothness",
     "reprojection_consistency",
     "reprojection_errors",
+    "sampson_errors",
+    "scene_smoothness",
 ]

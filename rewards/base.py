@@ -21,6 +21,16 @@ def seen(scene: Geometry) -> Bool[Tensor, "*batch T H W"]:
     return torch.ones_like(scene.depth, dtype=torch.bool) if scene.valid is None else scene.valid
 
 
+def not_finite(scene: Geometry) -> Bool[Tensor, "*batch"]:
+    """Clips with a value that is not finite where it matters."""
+    mask = seen(scene)
+    broken = ~scene.c2w.flatten(-3).isfinite().all(-1) | ~scene.intrinsics.flatten(-3).isfinite().all(-1)
+    for pixels in (scene.depth[..., None], scene.points, scene.scene_flow):
+        if pixels is not None and scene.flow_grid != "first":
+            broken |= (~pixels.isfinite().all(-1) & mask).flatten(-3).any(-1)
+    return broken
+
+
 def median_depth(scene: Geometry) -> Float[Tensor, "*batch"]:
     """Median over all that a clip sees, scene units: what makes a measure scale-free. NaN if nothing is seen."""
     depth = scene.depth.where(seen(scene), torch.full_like(scene.depth, torch.nan))
@@ -34,7 +44,7 @@ def steps(scene: Geometry, stride: int = 1) -> tuple[Float[Tensor, "*batch pairs
     return after[..., :3, 3] - before[..., :3, 3], so3_log(turn)
 
 
-def length(x: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch"]:
+def length(x: Float[Tensor, "*batch axes"]) -> Float[Tensor, "*batch"]:
     """Euclidean norm whose gradient at zero is zero, not NaN."""
     square = (x * x).sum(-1)
     zero = square == 0

@@ -95,6 +95,35 @@ def camera_motion_floor(
     return (camera_motion(scene, stride=stride) / floor - 1).clamp(max=0)
 
 
+def motion_prior(
+    scene: Geometry, base: float | Float[Tensor, "#*batch"], *, width: float = 0.5, stride: int = 8, still: float = 0.01
+) -> Float[Tensor, "*batch"]:
+    """exp(-(log m - log base)^2 / (2 width^2)), in [0, 1]: 1 for a camera that moves as much as the base model's.
+
+    A Gaussian gate around the base model's own motion (Stream4D, arXiv 2608.19556, has one of scene flow), in log
+    motion: half as much costs what twice as much does. m is `camera_motion`. NaN where that is.
+
+    Args:
+        scene: a clip or a batch of clips.
+        base: motion, of one for all or of each clip, before the model was trained (`vggrpo/base_motion.py`), over the
+            same stride.
+        width: of the gate, in log motion: at 0.5, twice or half the motion has a reward of 0.38.
+        stride: frames over which motion is measured.
+        still: less motion than this counts as this much, here and there; so a frozen clip is as far from its base as
+            noise allows, and a camera that is to stand still has done so.
+
+    Raises:
+        ValueError: a geometry that breaks the conventions, base < 0, width <= 0, still <= 0 or stride < 1.
+    """
+    wanted = torch.as_tensor(base, dtype=scene.depth.dtype, device=scene.depth.device)
+    if not (wanted >= 0).all() or width <= 0 or still <= 0:
+        raise ValueError(
+            f"base must be >= 0, width and still > 0, got {float(wanted.min()):g}, {width:g} and {still:g}"
+        )
+    apart = camera_motion(scene, stride=stride).clamp(min=still).log() - wanted.clamp(min=still).log()
+    return torch.exp(-(apart**2) / (2 * width**2))
+
+
 def _jolt(step: Float[Tensor, "*batch pairs 3"], floor: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch inner"]:
     before, after = step[..., :-1, :], step[..., 1:, :]
     return ratio(length(after - before), torch.maximum(length(after) + length(before), floor))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from geometry.reproject import dynamic_mask, render_cloud
 from geometry.types import Geometry, check_geometry
-from rewards.base import median_depth, seen
+from rewards.base import median_depth, not_finite, seen
 
 Scale = Literal["relative", "absolute"]
 EXACT_FLOW = 0.004
@@ -54,7 +54,7 @@ def reprojection_errors(
             "dynamic_threshold must be >= 0, occlusion > 0 and 0 < min_overlap <= 1,"
             f" got {dynamic_threshold}, {occlusion}, {min_overlap}"
         )
-    broken = _not_finite(scene)
+    broken = not_finite(scene)
     scene = scene.map(lambda x: x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x) if broken.any() else scene
     unit = median_depth(scene).nan_to_num(1.0) if scale == "relative" else torch.ones_like(scene.depth[..., 0, 0, 0])
     usable = seen(scene) & ~dynamic_mask(scene, dynamic_threshold * unit.detach()) & (scene.depth > 0)
@@ -100,13 +100,3 @@ def reprojection_consistency(
     used = top >= 0
     mean = top.where(used, torch.zeros_like(top)).sum(-1) / used.sum(-1)  # 0/0, NaN, where no view counts
     return -mean
-
-
-def _not_finite(scene: Geometry) -> Tensor:
-    """Clips `[*batch]` with a value that is not finite where it matters."""
-    mask = seen(scene)
-    broken = ~scene.c2w.flatten(-3).isfinite().all(-1) | ~scene.intrinsics.flatten(-3).isfinite().all(-1)
-    for pixels in (scene.depth[..., None], scene.points, scene.scene_flow):
-        if pixels is not None and scene.flow_grid != "first":
-            broken |= (~pixels.isfinite().all(-1) & mask).flatten(-3).any(-1)
-    return broken

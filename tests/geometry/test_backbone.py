@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from geometry import hooks
-from geometry.backbone import BackboneSpec, HookedBackbone, Tokens, rescaled
-from geometry.cameras import pinhole, project
+from geometry.backbone import BackboneSpec, HookedBackbone, Tokens
+from geometry.cameras import pinhole, project, rescaled
 from tests.geometry.standins import (
     call,
     largest_difference,

@@ -1,5 +1,6 @@
 """Motion rewards: closed forms, the slow reference, invariances, gradients, and cases where 0/0 lurks."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from geometry.cameras import rigid, so3_exp
 from geometry.world import make_clips
-from rewards import camera_motion, camera_motion_floor, motion_errors, motion_smoothness
+from rewards import camera_motion, camera_motion_floor, motion_errors, motion_prior, motion_smoothness
 from tests.rewards import reference
 from tests.rewards.helpers import backwards, line, moved, scaled, walk
 
@@ -121,6 +122,35 @@ def test_every_clip_can_have_a_floor_of_its_own():
     scene = walk(line(9, (0.02, 0, 0)), depth=2.0).map(lambda x: torch.stack([x, x]))
     floors = torch.tensor([0.005, 0.02])
     assert camera_motion_floor(scene, floor=floors).tolist() == pytest.approx([0.0, -0.5], abs=1e-3)
+
+
+def test_the_motion_prior_is_a_gaussian_of_log_motion():
+    scene = walk(line(9, (0.02, 0, 0)), depth=2.0)  # 0.08 median depths in eight frames
+    for base, expected in ((0.08, 1.0), (0.16, 0.3826), (0.04, 0.3826), (0.08 * math.e, math.exp(-2))):
+        assert motion_prior(scene, base) == pytest.approx(expected, abs=2e-3)
+    assert motion_prior(scene, 0.16, width=1.0) == pytest.approx(0.3826**0.25, abs=2e-3)
+    frozen = walk(torch.zeros(9, 3))
+    assert motion_prior(frozen, 0.08) == pytest.approx(math.exp(-2 * math.log(8) ** 2), abs=1e-4)
+    assert motion_prior(frozen, 0.0) == 1.0  # it was told to stand still
+    assert motion_prior(frozen, 0.005) == 1.0
+    both = scene.map(lambda x: torch.stack([x, x]))
+    assert motion_prior(both, torch.tensor([0.08, 0.16])).tolist() == pytest.approx([1.0, 0.3826], abs=2e-3)
+
+
+def test_the_motion_prior_has_gradients_and_names_bad_arguments():
+    step = torch.tensor([0.03, 0.01, 0.0], dtype=torch.float64, requires_grad=True)
+
+    def score(step):
+        return motion_prior(walk(torch.arange(6, dtype=torch.float64)[:, None] * step), 0.2)
+
+    assert torch.autograd.gradcheck(score, [step], eps=1e-7, atol=1e-6)
+    still = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(score(still), still)[0].isfinite().all()
+    scene = walk(line(5, (0.1, 0, 0)))
+    for bad in ({"base": -1.0}, {"base": math.nan}, {"base": 1.0, "width": 0.0}, {"base": 1.0, "still": 0.0}):
+        with pytest.raises(ValueError, match="base must be >= 0, width and still > 0"):
+            motion_prior(scene, **bad)
+    assert motion_prior(scene.map(lambda x: x[:1]), 0.1).isnan()
 
 
 def test_gradients_agree_with_finite_differences():
