@@ -248,6 +248,8 @@ class Recipe:
     """Iterations between checkpoints; there is one at the end, too."""
     keep: int = 2
     """Checkpoints that are kept, the newest."""
+    max_minutes: float | None = None
+    """A run that trains for longer ends with the iteration it is at, whole, as if it had been the last."""
     trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
     """Where numbers go beyond the run's own files and TensorBoard; each must be installed."""
     mixture: MixtureConfig = MixtureConfig()
@@ -258,6 +260,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(min(self.checkpoint_every, self.keep) >= 1, "checkpoint_every and keep must be >= 1")
+        _require(self.max_minutes is None or self.max_minutes > 0, f"max_minutes must be > 0, got {self.max_minutes}")
         _require(
             self.video is None or self.mixture == MixtureConfig(),
             "a run is of a video or of a mixture: give one of them",

@@ -28,8 +28,8 @@ from vggrpo.config import Recipe
 from vggrpo.recipe import recipe_from
 
 MAY_CHANGE = (
-    *("out", "checkpoint_every", "keep", "trackers", "grpo.num_iterations", "launch.num_processes", "launch.engine"),
-    *("video.sample_every", "video.sample_prompts"),
+    *("out", "checkpoint_every", "keep", "max_minutes", "trackers", "grpo.num_iterations"),
+    *("launch.num_processes", "launch.engine", "video.sample_every", "video.sample_prompts"),
 )
 """Keys in which a resumed run may differ from its recipe before."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "vggrpo")

@@ -1,8 +1,10 @@
 """`vggrpo train`: a run from its first iteration, or from where it was left, with all that is kept of it."""
 
 import itertools
+import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +62,7 @@ class Training:
                 print("CONTROL: the reward is random; nothing can be learnt from it", file=sys.stderr)
         todo = itertools.islice(self.parts.conditions, self.done, recipe.grpo.num_iterations)
         rewards = {name: self._polled(reward) for name, reward in self.parts.rewards.items()}
-        status = 0
+        status, deadline = 0, time.monotonic() + 60 * (recipe.max_minutes or math.inf)
         with Signals() as signals:
             run.asked_to_stop = lambda: signals.received is not None
 
@@ -78,6 +80,8 @@ class Training:
                     self._after(numbers)
                     if run.any(signals.received is not None):
                         raise Interrupted
+                    if recipe.max_minutes and run.updates == run.boundary and run.any(time.monotonic() >= deadline):
+                        break
             except Interrupted:
                 status = STATUS
             finally:

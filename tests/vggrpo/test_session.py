@@ -166,3 +166,11 @@ def test_nothing_to_resume_is_said(tmp_path, capsys):
 
 def test_a_recipe_on_disk_is_plain_yaml(whole):
     assert yaml.safe_load((whole / "recipe.yaml").read_text())["grpo"]["group_size"] == 8
+
+
+def test_a_run_that_takes_too_long_ends_whole_and_can_go_on(whole, tmp_path):
+    folder = tmp_path / "short"
+    assert train(folder, "max_minutes=1e-6") == 0
+    assert len(lines(folder)) == 1, "the iteration under way is finished"
+    assert train(folder, "--resume") == 0
+    assert same_end(folder, whole)
