@@ -23,7 +23,7 @@ SHORT = ["grpo.num_iterations=3", "grpo.group_size=8", "sampling.window.size=3",
 
 
 def full_above(size: int, module: torch.nn.Module, args: tuple) -> None:
-    """A forward pre-hook: more than `size` videos do not fit."""
+    """A forward pre-hook: more than `size` rows do not fit. With guidance a video has two."""
     if len(args[0]) > size:
         raise torch.OutOfMemoryError(f"{len(args[0])} rows\nTried to allocate 2 GiB")
 
@@ -36,7 +36,8 @@ def drawn(policy):
 def test_a_rollout_without_memory_is_that_of_the_smaller_micro_batch_to_the_bit(make_policy, network, capsys, more):
     expected = drawn(make_policy(micro_batch=2, **more))
     policy = make_policy(micro_batch=8, **more)
-    policy.network.register_forward_pre_hook(lambda module, args: full_above(2, module, args))
+    rows = 4 if "guidance_scale" in more else 2
+    policy.network.register_forward_pre_hook(lambda module, args: full_above(rows, module, args))
     found = drawn(policy)
     assert policy.micro_batch == 2
     assert torch.equal(found.z0, expected.z0)
@@ -108,7 +109,7 @@ def one_rank_in_trouble(accelerator: Accelerator, path: str) -> None:
 
     def limited(self, z_t, t, weights):
         if second:
-            full_above(1, self, (z_t,))
+            full_above(2, self, (z_t,))
         return forward(self, z_t, t, weights)
 
     MixtureFlow.forward = limited
