@@ -42,6 +42,7 @@ assets: $(INSTALLED)
 	$(BOOTSTRAP) text $(RECIPES)/text.yaml out=$(NEW)/text
 	$(BOOTSTRAP) vae $(RECIPES)/vae.yaml out=$(NEW)/vae
 	$(BOOTSTRAP) geometry $(RECIPES)/geometry.yaml out=$(NEW)/geometry
+	$(BOOTSTRAP) geometry $(RECIPES)/geometry_clip.yaml out=$(NEW)/geometry_clip
 	$(BOOTSTRAP) referee $(RECIPES)/referee.yaml out=$(NEW)/referee
 	$(BOOTSTRAP) generator $(RECIPES)/generator.yaml training.out=$(NEW)/generator
 	$(BIN)/python -m vggrpo stitch launch/recipes/stitch/tiny.yaml out=$(NEW)/stitch

@@ -1,11 +1,11 @@
 """The embedded geometry model: VGGT in shape, small enough for one CPU core, with correspondence and a pose solver.
 
     video -> encoder blocks (DINOv2 with registers: the stitch points)      tokens, one per 4 x 4 pixels
-          -> correlation of neighbouring frames' tokens                     flow, both ways, and its expected error
+          -> correlation of tokens of frames 1, 2 and 4 apart               flow, and its expected error
           -> frame / global blocks with camera and register tokens          depth and weights per token
-          -> Gauss-Newton (solver.py)                                       camera motion
+          -> Gauss-Newton on neighbours (solver.py)                         camera motion
           -> what the motion says of each token (depth, parallax, residual) -> frame / global blocks -> dense heads
-          -> Gauss-Newton again, on the final depth and weights             cameras
+          -> Gauss-Newton on the whole clip (path.py), on the final depth and weights   cameras
 
 Everything after the encoder sees tokens only, so a latent that is stitched into it drives all of the rest. Depth is in
 units of about the clip's median depth; intrinsics may be given, else a focal length is estimated.
@@ -19,30 +19,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from geometry.backbone import BackboneSpec
-from geometry.cameras import unproject
+from geometry.cameras import relative, unproject
 from geometry.models.attention import Alternating
-from geometry.models.correlation import Correlation, Correspondence
+from geometry.models.correlation import SPANS, Correlation
 from geometry.models.cues import (
     MOTION_CUES,
     SOLVED_CUES,
     focal_code,
     motion_cues,
     pinhole_of,
-    rays,
     sideways,
     solved_cues,
 )
 from geometry.models.dense import DenseHead
 from geometry.models.grid import even, whole_grid
 from geometry.models.prediction import Prediction
-from geometry.models.solver import chain, solve_relative
+from geometry.models.sightings import TRUST, clip_cameras, pair_cameras
+from geometry.models.solver import chain
 from geometry.types import Geometry
-
-DEPTH_GRADIENT = 0.2
-"""Share of the pose's gradient that reaches depth: poses can always be improved by bending depth, at first."""
-
-TRUST = 4.0
-"""A token's say in the solver is exp of so many times what the network gives, times the probability of no motion."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +102,7 @@ class TinyGeometry(nn.Module):
         self.expand = nn.Linear(dim, 4 * dim // 2)
         self.dense = DenseHead(dim // 2 + width + MOTION_CUES + SOLVED_CUES, config.patch, config.features)
         self.fine = nn.Linear(dim, 4 * 2)
+        self.apart = nn.Parameter(torch.zeros(len(SPANS)))
         self._start()
 
     def _start(self) -> None:
@@ -172,11 +167,11 @@ class TinyGeometry(nn.Module):
         log_focal = self.focal(y[:, :, 0]).mean((1, 2)) - 0.1
         if intrinsics is None:
             intrinsics = pinhole_of(log_focal, h * patch, w * patch)[:, None].expand(-1, T, -1, -1)
-        coarse = whole_grid(self.coarse(y[:, :, special.shape[2] :]), size, (h, w))
-        log_depth, moving = coarse[:, :, 0], coarse[:, :, 3]
-        ahead, back = (coarse[:, :, k] + F.logsigmoid(-moving) / TRUST for k in (1, 2))
+        maps = whole_grid(self.coarse(y[:, :, special.shape[2] :]), size, (h, w))
+        log_depth, moving = maps[:, :, 0], maps[:, :, 3]
+        ahead, back = (maps[:, :, k] + F.logsigmoid(-moving) / TRUST for k in (1, 2))
         weight = torch.stack([ahead[:, :-1], back[:, 1:]], dim=2)
-        relative, solved = self._pose(pair, log_depth, weight, intrinsics)
+        coarse, solved = pair_cameras(pair, log_depth, weight, intrinsics, patch)
         found = torch.cat([solved_cues(pair, solved, log_depth, intrinsics, patch), torch.stack([ahead, back], 2)], 2)
         found = found.detach()
         seen = self.from_solved(even(found.flatten(0, 1))).flatten(2).mT.unflatten(0, (B, T))
@@ -189,25 +184,15 @@ class TinyGeometry(nn.Module):
         final = rough + maps[:, :, 0]
         still = F.logsigmoid(-F.avg_pool2d(maps[:, :, 2], patch))[:, :, None] / TRUST
         weight = weight + torch.stack(_ends(whole_grid(self.fine(x), size, (h, w)) + still), dim=2)
-        again, _ = self._pose(pair, F.avg_pool2d(final, patch), weight, intrinsics)
-        across = sideways(pair, again, F.avg_pool2d(final, patch), intrinsics, patch).detach().clamp(-0.5, 0.5)
+        pooled = F.avg_pool2d(final, patch)
+        c2w = clip_cameras(pair, pooled, weight, self.apart, intrinsics, chain(coarse))
+        across = sideways(pair, relative(c2w), pooled, intrinsics, patch).detach().clamp(-0.5, 0.5)
         across = F.interpolate(across.flatten(0, 1), size=final.shape[2:], mode="bilinear").unflatten(0, (B, T))
         motion = (across + 0.1 * maps[:, :, 3:6] * torch.exp(final.detach())[:, :, None]).movedim(2, -1)
         return Prediction(
-            pair, log_depth, moving, relative, again, chain(again), intrinsics, log_focal,
+            pair, log_depth, moving, coarse, relative(c2w), c2w, intrinsics, log_focal,
             final, maps[:, :, 1], maps[:, :, 2], motion,
         )  # fmt: skip
-
-    def _pose(
-        self, pair: Correspondence, log_depth: Tensor, weight: Tensor, intrinsics: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Camera i+1 in camera i, and the motions of points that each direction found."""
-        depth = log_depth.exp()
-        depth = DEPTH_GRADIENT * depth + (1 - DEPTH_GRADIENT) * depth.detach()
-        both = torch.stack([depth[:, :-1], depth[:, 1:]], dim=2).flatten(3)
-        source, there, _ = rays(pair, intrinsics, self.config.patch)
-        trust = pair.information * (TRUST * weight).clamp(-8, 8).exp()[..., None, None]
-        return solve_relative(both, source, there, trust.flatten(3, 4))
 
 
 def spec(config: TinyConfig) -> BackboneSpec:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from geometry.cameras import inverse, relative, so3_log
+from geometry.cameras import inverse, pixel_grid, project, relative, so3_log, unproject
+from geometry.models.correlation import SPANS
 from geometry.models.prediction import Prediction
 from vggrpo.bootstrap.lesson import Lesson
 
@@ -17,6 +18,10 @@ ROTATION_FLOOR = 0.01
 """Radians per frame: errors of a camera that turns less than this are compared with it."""
 SHIFT_FLOOR = 0.01
 """Median depths per frame: the same of a camera that moves less."""
+AGREE = (2, 8)
+"""Frames apart whose errors of depth should be the same: an error that stays is no inconsistency, one that comes is."""
+SAME = 0.05
+"""Of its depth: how far a point may be from what the later frame sees there, to be what it sees."""
 
 
 class Truth(NamedTuple):
@@ -30,6 +35,7 @@ class Truth(NamedTuple):
     motion: Float[Tensor, "B T H W 3"]
     flow: Float[Tensor, "B _ 2 h w 2"]
     log_focal: Float[Tensor, " B"]
+    intrinsics: Float[Tensor, "B T 3 3"]
 
 
 def truth(lesson: Lesson) -> Truth:
@@ -47,7 +53,16 @@ def truth(lesson: Lesson) -> Truth:
         lesson.motion.float() / unit[..., None],
         lesson.flow[:, :-1].float(),
         torch.log(lesson.intrinsics[:, 0, 0, 0] / depth.shape[-1]),
+        lesson.intrinsics,
     )
+
+
+def moved(wanted: Truth, span: int) -> tuple[Float[Tensor, "B n H W 2"], Float[Tensor, "B n H W"]]:
+    """Where and at which depth later cameras, `span` frames on, have each pixel's point, if it stands still."""
+    n = wanted.c2w.shape[1] - span
+    depth = wanted.log_depth[:, :n].exp()
+    points = unproject(depth, wanted.intrinsics[:, :n], wanted.c2w[:, :n])
+    return project(points, wanted.intrinsics[:, span:], wanted.c2w[:, span:])
 
 
 def losses(found: Prediction, wanted: Truth, *, focal_given: bool) -> dict[str, Tensor]:
@@ -73,6 +88,8 @@ def losses(found: Prediction, wanted: Truth, *, focal_given: bool) -> dict[str, 
         * F.binary_cross_entropy_with_logits(found.dynamic, wanted.dynamic, pos_weight=error.new_tensor(2.0)),
         "coarse dynamic": 0.2
         * F.binary_cross_entropy_with_logits(found.coarse_dynamic, F.avg_pool2d(wanted.dynamic, patch)),
+        "spans": 0.5 * _spans(found, wanted, patch),
+        "agreement": 1.5 * torch.stack([disagreement(found.log_depth, wanted, span) for span in AGREE]).sum(),
         "motion": 4 * ((found.motion - wanted.motion).abs().sum(-1) * wanted.dynamic).mean(),
     }
     if not focal_given:
@@ -87,6 +104,40 @@ def pose_loss(found: Float[Tensor, "B n 4 4"], wanted: Float[Tensor, "B n 4 4"])
     turning = so3_log(wanted[..., :3, :3]).norm(dim=-1).mean(1, keepdim=True) + ROTATION_FLOOR
     shifting = wanted[..., :3, 3].norm(dim=-1).mean(1, keepdim=True) + SHIFT_FLOOR
     return 8 * (turn + shift).mean() + 0.4 * (turn / turning + shift / shifting).mean()
+
+
+def disagreement(log_depth: Float[Tensor, "B T H W"], wanted: Truth, span: int) -> Tensor:
+    """Of the error of log-depth between frames `span` apart, where both see one point that stands still."""
+    n = wanted.c2w.shape[1] - span
+    if n < 1:
+        return log_depth.new_zeros(())
+    at, z = moved(wanted, span)
+    size = at.new_tensor([at.shape[3], at.shape[2]])
+    later = torch.stack([log_depth[:, span:] - wanted.log_depth[:, span:], wanted.log_depth[:, span:]], dim=2)
+    there = F.grid_sample(later.flatten(0, 1), (2 * at / size - 1).flatten(0, 1), "bilinear", "border", False)
+    error, depth = there.unflatten(0, (-1, n)).unbind(2)
+    seen = ((at > 0) & (at < size)).all(-1) & (wanted.dynamic[:, :n] == 0) & (wanted.valid[:, :n] > 0)
+    seen = seen & ((z.clamp(min=1e-3).log() - depth).abs() < SAME)
+    gap = (log_depth[:, :n] - wanted.log_depth[:, :n] - error).abs()
+    return (gap * seen).sum() / seen.sum().clamp(min=1)
+
+
+def _spans(found: Prediction, wanted: Truth, patch: int) -> Tensor:
+    """Of displacements between frames further apart, as "flow" is of neighbours'; of what stands still."""
+    spans, terms = found.correspondence.spans, []
+    for span in (span for span in SPANS if span < wanted.c2w.shape[1]):
+        mine = spans.target - spans.source == span
+        at, z = moved(wanted, span)
+        n = at.shape[1]
+        flow = F.avg_pool2d(
+            (at - pixel_grid(at.shape[2], at.shape[3], at)).flatten(0, 1).movedim(-1, 1), patch
+        ).movedim(1, -1)
+        still = (wanted.dynamic[:, :n] == 0) & (z > 0)
+        still = (F.avg_pool2d(still.float(), patch) == 1).float()
+        off = (spans.flow[:, mine] - flow.unflatten(0, (-1, n))).abs().sum(-1)
+        spread = spans.spread[:, mine].clamp(-4, 3)
+        terms.append((still * (off * torch.exp(-spread) + spread)).sum() / still.sum().clamp(min=1))
+    return torch.stack(terms).mean() if terms else found.log_depth.new_zeros(())
 
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:

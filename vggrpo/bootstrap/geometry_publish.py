@@ -65,7 +65,8 @@ def publish(run: Training[TinyGeometry], recipe: GeometryRecipe, path: str) -> l
     found = report(backbone, *held_out(recipe.model.patch, recipe.device))
     card["held_out"] = {kind: {k: round(x, 4) for k, x in numbers.items()} for kind, numbers in found.items()}
     save_json(folder / "card.json", card)
-    (folder / "README.md").write_text(card_text(card, "tiny-geometry", "geometry/models/tiny.py"))
+    text = card_text(card, "tiny-geometry", "geometry/models/tiny.py")
+    (folder / "README.md").write_text(text + ("" if recipe.notes is None else "\n" + Path(recipe.notes).read_text()))
     return [f"wrote {folder}", *table(card["held_out"])]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from geometry.models.tiny import TinyConfig
 
-MAY_CHANGE = ("out", "asset", "num_steps", "device", "checkpoint_every")
+MAY_CHANGE = ("out", "asset", "notes", "num_steps", "device", "checkpoint_every")
 """Fields in which a resumed run may differ from what it was started with."""
 
 
@@ -28,6 +28,10 @@ class GeometryRecipe:
     """Folder of the checkpoint and of the rendered clips."""
     asset: str = "assets/tiny-geometry"
     """Folder that the finished model is written to, with its card."""
+    notes: str | None = None
+    """Markdown that ends the model's card: what people have found out that no command measures."""
+    start: str | None = None
+    """Folder of a geometry model to start from; what its file lacks, and without one everything, starts untrained."""
     seed: int = 0
     """Of every random stream."""
     model: TinyConfig = field(default_factory=TinyConfig)

@@ -17,7 +17,7 @@ from torch import Tensor
 from geometry.backbone import HookedBackbone
 from geometry.models.tiny import TinyGeometry, call, parse, spec
 from geometry.world import make_clips
-from vggrpo.bootstrap.assets import load_tensors, save_tensors
+from vggrpo.bootstrap.assets import load_tensors, read_card, save_tensors
 from vggrpo.bootstrap.geometry_eval import measure, predict
 from vggrpo.bootstrap.geometry_loss import losses, truth
 from vggrpo.bootstrap.geometry_recipe import MAY_CHANGE, Batch, GeometryRecipe
@@ -66,16 +66,36 @@ def start_run(recipe: GeometryRecipe) -> Training[TinyGeometry]:
     """A training at step 0, or where the checkpoint in `recipe.out` left it.
 
     Raises:
-        ValueError: the checkpoint is damaged, or was made by another recipe.
+        ValueError: the checkpoint is damaged, or was made by another recipe; a start of another architecture; no notes
+            where the recipe says.
     """
+    if recipe.notes is not None and not Path(recipe.notes).is_file():
+        raise ValueError(f"no notes at {recipe.notes}: write them there, or leave `notes` out of the recipe")
     torch.manual_seed(recipe.seed)
-    network = TinyGeometry(recipe.model).to(recipe.device)
+    network = TinyGeometry(recipe.model)
+    if recipe.start is not None:
+        take_weights(network, Path(recipe.start))
+    network.to(recipe.device)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
     )
     run = Training(network, optimizer)
     load_training(checkpoint_of(recipe), run, asdict(recipe), MAY_CHANGE)
     return run
+
+
+def take_weights(network: TinyGeometry, folder: Path) -> None:
+    """Give the network the weights of a published one; what that lacks stays as it is.
+
+    Raises:
+        ValueError: no card, a damaged file, or a weight that the network has not or in another shape.
+    """
+    read_card(folder)
+    weights, own = load_tensors(folder / "model.safetensors")[0], network.state_dict()
+    for name, weight in weights.items():
+        if name not in own or own[name].shape != weight.shape:
+            raise ValueError(f"{folder} has another architecture ({name}): give `model` its config.json's numbers")
+    network.load_state_dict(weights, strict=False)
 
 
 def checkpoint_of(recipe: GeometryRecipe) -> Path:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from geometry.models.correlation import Correlation, align, warp
+from geometry.models.alignment import align, warp
+from geometry.models.correlation import Correlation
 
 DAMPING = torch.tensor([0.1, 0.03, 0.01])
 
@@ -24,7 +25,7 @@ def cut(picture: torch.Tensor, u: float, v: float) -> torch.Tensor:
 @pytest.mark.parametrize("move", [(0.0, 0.0), (0.4, -0.3), (1.7, 0.9), (-3.1, 2.2)])
 def test_a_shift_is_found_to_a_fraction_of_a_pixel(move):
     picture = texture(3)
-    flow, _, left = align(cut(picture, 0, 0), cut(picture, *move), 4, DAMPING)
+    flow, _, left, _ = align(cut(picture, 0, 0), cut(picture, *move), 4, DAMPING)
     inner = (flow - torch.tensor(move).view(1, 2, 1, 1))[..., 3:-3, 3:-3].norm(dim=1)
     assert inner.median() < 0.1
     assert left[..., 3:-3, 3:-3].median() < 0.05 * cut(picture, 0, 0).var()
@@ -38,7 +39,7 @@ def test_another_picture_is_not_found():
 
 def test_a_flat_picture_stays_where_it_is_and_says_so():
     flat = torch.full((1, 3, 64, 64), 0.3)
-    flow, normal, _ = align(flat, flat, 4, DAMPING)
+    flow, normal, _, _ = align(flat, flat, 4, DAMPING)
     assert flow.abs().max() == 0
     textured = align(cut(texture(3), 0, 0), cut(texture(3), 1, 0), 4, DAMPING)[1]
     assert normal.abs().max() == 0 < textured[:, 0].median()
@@ -71,3 +72,42 @@ def test_pairs_do_not_see_other_frames():
     before, after = correlation(tokens).flow, correlation(changed).flow
     assert torch.equal(before[:, :2], after[:, :2])
     assert not torch.equal(before[:, 2], after[:, 2])
+
+
+def shifted(frames: int) -> torch.Tensor:
+    """Tokens of a picture that moves by (1.0, -0.5) pixels a frame, of which the features are the pixels."""
+    pictures = torch.cat([cut(texture(3), 1.0 * t, -0.5 * t) for t in range(frames)])
+    return F.pixel_unshuffle(pictures, 4).movedim(1, -1)[None]
+
+
+def follower() -> Correlation:
+    """Features are the pixels, and the network corrects nothing."""
+    correlation = Correlation(dim=48, patch=4, channels=3)
+    torch.nn.init.eye_(correlation.to_pixels.weight)
+    torch.nn.init.zeros_(correlation.to_pixels.bias)
+    return correlation
+
+
+def test_frames_further_apart_are_found_through_those_between():
+    with torch.no_grad():
+        found = follower()(shifted(6))
+    spans = found.spans
+    assert list(zip(spans.source.tolist(), spans.target.tolist(), strict=True)) == [
+        *((i, i + 2) for i in range(4)),
+        *((i, i + 4) for i in range(2)),
+    ]
+    apart = (spans.target - spans.source).view(1, -1, 1, 1, 1)
+    off = (spans.flow - apart * torch.tensor([1.0, -0.5]))[:, :, 4:-4, 4:-4].norm(dim=-1)
+    assert off.median() < 0.15
+    assert (spans.flow - torch.tensor([1.0, -0.5]))[:, :, 4:-4, 4:-4].norm(dim=-1).median() > 1  # the control
+    assert spans.information.diagonal(dim1=-2, dim2=-1).min() >= 0
+
+
+@pytest.mark.parametrize(("frames", "edges"), [(1, 0), (2, 0), (3, 1), (5, 4)])
+def test_short_clips_have_the_spans_that_fit(frames, edges):
+    with torch.no_grad():
+        spans = follower()(shifted(frames)).spans
+    assert spans.flow.shape == (1, edges, 16, 16, 2)
+    assert spans.spread.shape == (1, edges, 16, 16)
+    assert spans.information.shape == (1, edges, 16, 16, 2, 2)
+    assert len(spans.source) == len(spans.target) == edges

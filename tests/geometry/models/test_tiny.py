@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from geometry.backbone import HookedBackbone, Tokens
 from geometry.cameras import relative, unproject
-from geometry.models.correlation import Correspondence
+from geometry.models.correlation import Correspondence, Spans
 from geometry.models.cues import sideways
 from geometry.models.tiny import TinyConfig, TinyGeometry, call, parse, spec
 from geometry.types import check_geometry
@@ -29,7 +29,7 @@ def backbone() -> HookedBackbone:
     return HookedBackbone(network, spec(CONFIG), call, parse).eval()
 
 
-@pytest.mark.parametrize(("frames", "size"), [(3, (64, 64)), (1, (64, 64)), (2, (36, 52))])
+@pytest.mark.parametrize(("frames", "size"), [(5, (64, 64)), (1, (64, 64)), (2, (36, 52))])
 def test_its_answers_keep_the_conventions(backbone, frames, size):
     """Also of one frame, of other sides, and of token grids (9 x 13) that two by two do not divide."""
     video = torch.rand(2, frames, 3, *size, generator=torch.Generator().manual_seed(1))
@@ -44,7 +44,7 @@ def test_its_answers_keep_the_conventions(backbone, frames, size):
 
 @pytest.mark.parametrize("point", spec(CONFIG).stitch_points)
 def test_all_that_follows_the_encoder_sees_tokens_only(backbone, point):
-    video = torch.rand(1, 3, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+    video = torch.rand(1, 5, 3, 32, 48, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         tokens = backbone.tokens_at([point], video)[point]
         whole, entered = backbone(video), backbone.forward_from(point, tokens)
@@ -56,7 +56,7 @@ def test_all_that_follows_the_encoder_sees_tokens_only(backbone, point):
 
 def test_gradients_reach_the_tokens_from_every_output(backbone):
     point = spec(CONFIG).stitch_points[0]
-    video = make_clips([3], frames=3, supersample=1).video
+    video = make_clips([3], frames=5, supersample=1).video
     tokens = backbone.tokens_at([point], video)[point]
     for name in ("c2w", "intrinsics", "depth", "points", "confidence", "scene_flow"):
         patch = tokens.patch.detach().requires_grad_()
@@ -65,6 +65,26 @@ def test_gradients_reach_the_tokens_from_every_output(backbone):
         (gradient,) = torch.autograd.grad((output * probe).sum(), patch)
         assert gradient.isfinite().all(), name
         assert gradient.abs().max() > 0, name
+
+
+def test_cameras_feel_frames_further_apart(backbone):
+    """The trust in spans of four frames changes the path of five frames, and cannot that of three."""
+    for frames, changes in ((5, True), (3, False)):
+        video = make_clips([3], frames=frames, supersample=1).video
+        with torch.no_grad():
+            before = backbone(video).c2w
+            backbone.module.apart[1] += 2.0
+            after = backbone(video).c2w
+            backbone.module.apart[1] -= 2.0
+        assert torch.equal(before, after) != changes
+
+
+def test_cameras_are_the_same_with_and_without_gradients(backbone):
+    """The last step of the adjustment is always taken, and is the one that is differentiated."""
+    video = make_clips([3], frames=5, supersample=1).video
+    with torch.no_grad():
+        plain = backbone(video).c2w
+    assert torch.equal(plain, backbone(video.requires_grad_()).c2w)
 
 
 def test_given_intrinsics_are_used_and_given_back(backbone):
@@ -108,7 +128,9 @@ def test_moving_bodies_are_seen_in_what_the_camera_does_not_explain():
         truth, scene = lesson(clip, 4), clip.geometry
         flow = truth.flow[:, :-1].float()
         none = torch.zeros(flow.shape[:-1])
-        pair = Correspondence(flow, flow, none, none[..., None, None], torch.zeros(1, 5, 1, 64, 64))
+        nowhere = torch.zeros(0, dtype=torch.long)
+        spans = Spans(nowhere, nowhere, flow[:, :0, 0], none[:, :0, 0], none[:, :0, 0, ..., None, None])
+        pair = Correspondence(flow, flow, none, none[..., None, None], torch.zeros(1, 5, 1, 64, 64), spans)
         log_depth = F.avg_pool2d(scene.depth, 4).log()
         found = sideways(pair, relative(scene.c2w), log_depth, scene.intrinsics, 4)[:, :-1].movedim(2, -1)
         wanted = F.avg_pool2d(truth.motion.float().movedim(-1, 2).flatten(0, 1), 4).unflatten(0, (1, 5))

@@ -12,7 +12,7 @@ from geometry.models.tiny import TinyConfig, call, parse, spec
 from geometry.types import Geometry
 from geometry.world import PERTURBATIONS, make_clips
 from vggrpo.bootstrap.geometry_eval import auc, constant, measure, report, spearman
-from vggrpo.bootstrap.geometry_loss import pose_loss, truth
+from vggrpo.bootstrap.geometry_loss import disagreement, moved, pose_loss, truth
 from vggrpo.bootstrap.geometry_recipe import Batch, GeometryRecipe
 from vggrpo.bootstrap.geometry_train import checkpoint_of, draw_batch, lessons_of, mirrored, start_run, train_step
 from vggrpo.bootstrap.lesson import lesson
@@ -88,6 +88,27 @@ def test_the_truth_costs_nothing_and_measures_perfect(lessons):
     assert numbers["dynamic"] > 0.999
 
 
+def test_what_stands_still_is_seen_where_later_cameras_have_it():
+    """Against the world's own tracks; of what is no further than a depth that is asked for."""
+    clip = make_clips([100, 101], frames=5, supersample=1)
+    pixels = torch.tensor([[10.5, 60.5], [32.5, 32.5], [40.5, 50.5], [20.5, 45.5]]).expand(2, -1, -1)
+    at, _ = moved(truth(lesson(clip, 4)), 4)
+    row, column = pixels[..., 1].long(), pixels[..., 0].long()
+    pick = torch.arange(2)[:, None], 0, row, column
+    assert clip.geometry.valid[pick].all()
+    torch.testing.assert_close(at[pick], clip.track(pixels).pixels[:, 4], atol=0.05, rtol=0)
+
+
+def test_depth_that_is_wrong_in_the_same_way_throughout_agrees_with_itself(lessons):
+    wanted = truth(lessons.map(lambda x: x[:4]))
+    assert disagreement(wanted.log_depth, wanted, 2) == 0
+    assert disagreement(wanted.log_depth + 0.3, wanted, 2) < 1e-6
+    flicker = 0.1 * torch.arange(17).remainder(3).view(17, 1, 1)
+    assert 0.09 < disagreement(wanted.log_depth + flicker, wanted, 2) < 0.21
+    assert disagreement(wanted.log_depth + flicker, wanted, 3) < 1e-6
+    assert disagreement(wanted.log_depth, wanted, 17) == 0
+
+
 def test_a_constant_answer_measures_badly(lessons):
     numbers = measure(constant(lessons), lessons)
     assert numbers["turning"] > 0.25
@@ -131,7 +152,7 @@ def test_a_batch_can_be_learnt_by_heart(lessons, tmp_path):
     """Step 0 over and over: the same windows, colours and noise."""
     recipe = replace(RECIPE, lr=5e-4, out=str(tmp_path))
     run, history = start_run(recipe), []
-    for _ in range(15):
+    for _ in range(20):
         run.step = 0
         history.append(train_step(run, recipe, lessons))
     for name in ("pose", "depth", "flow"):

@@ -1,5 +1,7 @@
 """What `publish` writes can be loaded, and a changed file cannot; the shipped numbers are the shipped weights'."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from geometry.models.tiny import TinyConfig
 from geometry.types import check_geometry
 from vggrpo.bootstrap import geometry_publish
-from vggrpo.bootstrap.assets import read_card
+from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
 from vggrpo.bootstrap.geometry_eval import measure, predict
 from vggrpo.bootstrap.geometry_publish import BARS, card_text, held_out, load_geometry, publish, table
 from vggrpo.bootstrap.geometry_recipe import Batch, GeometryRecipe
@@ -49,6 +51,23 @@ def test_other_bytes_are_refused(asset):
         load_geometry(asset)
     weights.write_bytes(whole)
     load_geometry(asset)
+
+
+def test_a_run_can_start_from_a_published_model(asset, tmp_path):
+    fresh = GeometryRecipe(out=str(tmp_path / "run"), model=SMALL, seed=3)
+    wanted = load_geometry(asset).module.state_dict()
+    taken = start_run(replace(fresh, start=str(asset))).network.state_dict()
+    assert all(torch.equal(taken[name], x) for name, x in wanted.items())
+    assert not torch.equal(start_run(fresh).network.coarse.weight, wanted["coarse.weight"])  # the control
+    old = shutil.copytree(asset, tmp_path / "old")  # of before the network had all its parts
+    weights = {name: x for name, x in wanted.items() if name != "apart"}
+    save_tensors(old / "model.safetensors", weights)
+    save_json(old / "card.json", {"sha256": {"model.safetensors": sha256(old / "model.safetensors")}})
+    assert torch.equal(start_run(replace(fresh, start=str(old))).network.coarse.weight, wanted["coarse.weight"])
+    with pytest.raises(ValueError, match=r"another architecture \(.*\): give `model` its config\.json's numbers"):
+        start_run(replace(fresh, start=str(asset), model=TinyConfig()))
+    with pytest.raises(ValueError, match=r"no card\.json in"):
+        start_run(replace(fresh, start=str(tmp_path)))
 
 
 def test_the_table_has_a_row_for_each_kind():
