@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from geometry.types import Geometry
-from rewards import DEFAULT, REWARDS, reprojection_consistency
-from vggrpo.base_motion import floor_of, measure_base_motion
+from rewards import DEFAULT, REWARDS, reprojection_consistency, scene_smoothness
+from vggrpo.base_motion import floor_of, measure_base_motion, prior_of
+from vggrpo.camera_paths import follow, read_paths
 from vggrpo.config import Recipe, VideoConfig
+from vggrpo.decoded import Decoder
+from vggrpo.further_rewards import further_rewards
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
@@ -37,15 +40,18 @@ class Parts(NamedTuple):
     run: Run
 
 
-def build(recipe: Recipe, accelerator: Accelerator | None = None) -> Parts:
+def build(recipe: Recipe, accelerator: Accelerator | None = None, *, allow_import: bool = False) -> Parts:
     """The parts of a run under this launch.
+
+    Args:
+        allow_import: whether the recipe's `video.imported` may be imported, which runs whatever is there.
 
     Raises:
         ValueError: a batch that the ranks cannot share, a reward or prompt that is not known, a file that is missing or
-            not what its card says.
+            not what its card says, code that nobody allowed.
     """
     if recipe.video is not None:
-        return _video(recipe, recipe.video, accelerator or Accelerator())
+        return _video(recipe, recipe.video, accelerator or Accelerator(), allow_import)
     return _mixture(recipe, accelerator or Accelerator(cpu=True))
 
 
@@ -64,8 +70,9 @@ def _mixture(recipe: Recipe, accelerator: Accelerator) -> Parts:
     return Parts(network, policy, _latents, {"nearness": reward}, batches(mixture.prompts, run), optimizer, run)
 
 
-def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Parts:
-    """A Wan with LoRA, judged by a latent geometry model. Neither VAE nor text encoder stays."""
+def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, allow_import: bool) -> Parts:
+    """A Wan with LoRA, judged by a latent geometry model. The text encoder does not stay, nor (but for rewards of
+    pixels) does the VAE."""
     from vggrpo.data import read_prompts
     from vggrpo.policy.lora import add_lora
     from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
@@ -74,8 +81,15 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards: dict[str, RewardFn] = {**chosen_rewards(grpo.weights, video.dynamic_threshold)}
-    prompts = read_prompts(video.prompts)
+    prompts, motion = read_prompts(video.prompts), dict[str, float]()
+    further = further_rewards(video, grpo.weights, Decoder(folder, video.judged_at_once), allow_import=allow_import)
+    told = {"motion_prior": prior_of(motion), "camera_following": follow()}
+    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold, {**told, **further})
+    if "motion_prior" in rewards and video.motion_samples == 0:
+        raise ValueError("motion_prior needs the base model's own motion: set video.motion_samples")
+    if ("camera_following" in rewards) != (video.cameras is not None):
+        raise ValueError("video.cameras and the reward camera_following go together: give both or neither")
+    paths = None if video.cameras is None else read_paths(video.cameras, prompts, video.frames).to(accelerator.device)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
     transformer = load_transformer(folder)
@@ -100,27 +114,32 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator) -> Part
         parts = [lgm(some) for some in z0.flatten(0, 1).split(video.judged_at_once)]
         return concatenated(parts).map(lambda x: x.unflatten(0, z0.shape[:2]))
 
-    if video.motion_samples > 0 and "camera_motion_floor" in rewards:
-        motion = measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run)
+    if video.motion_samples > 0 and not rewards.keys().isdisjoint({"camera_motion_floor", "motion_prior"}):
+        motion.update(measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run))
+    if motion and "camera_motion_floor" in rewards:
         rewards["camera_motion_floor"] = floor_of(motion, video.motion_kept)
-    return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
+    return Parts(network, policy, geometry, rewards, batches(prompts, run, paths), optimizer, run)
 
 
-def chosen_rewards(weights: dict[str, float] | None, dynamic_threshold: float) -> dict[str, RewardFn]:
-    """The shipped rewards of these names.
+def chosen_rewards(
+    weights: dict[str, float] | None, dynamic_threshold: float, further: Mapping[str, RewardFn] = {}
+) -> dict[str, RewardFn]:
+    """The rewards of these names: shipped ones, and `further` ones.
 
     Raises:
         ValueError: no names, or one that none of them has.
     """
     if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
         raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
+    known: dict[str, RewardFn] = {**REWARDS, **further}
     for name in weights:
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REWARDS)}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    estimated = {"reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)}
-    return {name: estimated.get(name, REWARDS[name]) for name in weights}
+    known["reprojection_consistency"] = partial(reprojection_consistency, dynamic_threshold=dynamic_threshold)
+    known["scene_smoothness"] = partial(scene_smoothness, dynamic_threshold=dynamic_threshold)
+    return {name: known[name] for name in weights}
 
 
 def concatenated(scenes: Sequence[Geometry]) -> Geometry:
@@ -131,11 +150,12 @@ def concatenated(scenes: Sequence[Geometry]) -> Geometry:
     return replace(first, **joined)
 
 
-def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:
-    """The prompts over and over, a global batch at a time: the same on every rank."""
-    endless = itertools.cycle(prompts)
+def batches(prompts: Sequence[str], run: Run, cameras: Tensor | None = None) -> Iterator[Condition]:
+    """The prompts, with their paths `[N T 4 4]`, over and over, a global batch at a time: the same on every rank."""
+    endless = itertools.cycle(range(len(prompts)))
     while True:
-        yield Condition(list(itertools.islice(endless, run.num_prompts)))
+        chosen = list(itertools.islice(endless, run.num_prompts))
+        yield Condition([prompts[n] for n in chosen], camera=None if cameras is None else cameras[chosen])
 
 
 def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

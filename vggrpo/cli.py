@@ -25,7 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    train.set_defaults(run=lambda args: train_recipe(args.recipe, args.overrides, resume=args.resume))
+    for command in (train, commands.choices["check"]):
+        command.add_argument("--allow-import", action="store_true", help="run the code of the recipe's own rewards")
+    train.set_defaults(
+        run=lambda args: train_recipe(args.recipe, args.overrides, resume=args.resume, allow_import=args.allow_import)
+    )
+    commands.choices["check"].set_defaults(
+        run=lambda args: check_recipe(args.recipe, args.overrides, allow_import=args.allow_import)
+    )
     for name, flagged in FLAGGED.items():
         commands.add_parser(name, help=flagged.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
@@ -58,10 +65,10 @@ def _told(action: Callable[[], int]) -> int:
         return 2
 
 
-def check_recipe(path: str, overrides: Sequence[str]) -> int:
+def check_recipe(path: str, overrides: Sequence[str], *, allow_import: bool = False) -> int:
     """One rollout and replay: is the ratio 1, does anything learn, what does it cost?"""
     recipe = load_recipe(path, overrides)
-    parts = build(recipe)
+    parts = build(recipe, allow_import=allow_import)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
     )
@@ -70,14 +77,14 @@ def check_recipe(path: str, overrides: Sequence[str]) -> int:
     return 1 if report.problems else 0
 
 
-def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False, allow_import: bool = False) -> int:
     """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
     from vggrpo.session import Session
     from vggrpo.signals import STATUS, Interrupted, Signals
     from vggrpo.trainer import train
 
     recipe = load_recipe(path, overrides)
-    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe)
+    network, policy, geometry, rewards, conditions, optimizer, run = build(recipe, allow_import=allow_import)
     bare, main = run.accelerator.unwrap_model(network), run.accelerator.is_main_process
     session = Session(recipe, writes=main)
     first = done = session.begin(bare, optimizer, resume=resume, num_processes=run.accelerator.num_processes)

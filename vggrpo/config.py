@@ -8,6 +8,7 @@ from typing import Literal
 
 from vggrpo.flow import sde_step
 from vggrpo.grpo import Aggregate, Baseline, Silent
+from vggrpo.reward_config import ImportedConfig, RemoteConfig
 from vggrpo.sampler import Window, time_grid
 
 
@@ -192,6 +193,12 @@ class VideoConfig:
     """Share of that motion from which on a video moves enough."""
     judged_at_once: int = 4
     """Videos that the latent geometry model sees together."""
+    imported: dict[str, ImportedConfig] = field(default_factory=dict)
+    """Rewards of your own, by the names that they have in grpo.weights."""
+    remote: dict[str, RemoteConfig] = field(default_factory=dict)
+    """Rewards of servers, by the names that they have in grpo.weights."""
+    cameras: str | None = None
+    """safetensors with "c2w" [N frames 4 4], the camera path of each prompt, for the reward `camera_following`."""
 
     def __post_init__(self) -> None:
         _require(
