@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from geometry.types import Geometry
 from rewards import DEFAULT, REWARDS, reprojection_consistency, scene_smoothness
-from vggrpo.base_motion import floor_of, measure_base_motion, prior_of
-from vggrpo.camera_paths import follow, read_paths
+from vggrpo.base_motion import floor_of, measure_base_motion
+from vggrpo.camera_paths import read_paths
 from vggrpo.config import Recipe, VideoConfig
 from vggrpo.decoded import Decoder
 from vggrpo.further_rewards import further_rewards
@@ -82,13 +82,9 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, allow_i
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
     prompts, motion = read_prompts(video.prompts), dict[str, float]()
-    further = further_rewards(video, grpo.weights, Decoder(folder, video.judged_at_once), allow_import=allow_import)
-    told = {"motion_prior": prior_of(motion), "camera_following": follow()}
-    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold, {**told, **further})
-    if "motion_prior" in rewards and video.motion_samples == 0:
-        raise ValueError("motion_prior needs the base model's own motion: set video.motion_samples")
-    if ("camera_following" in rewards) != (video.cameras is not None):
-        raise ValueError("video.cameras and the reward camera_following go together: give both or neither")
+    decode = Decoder(folder, video.judged_at_once)
+    further = further_rewards(video, grpo.weights, motion, decode, allow_import=allow_import)
+    rewards = chosen_rewards(grpo.weights, video.dynamic_threshold, further)
     paths = None if video.cameras is None else read_paths(video.cameras, prompts, video.frames).to(accelerator.device)
     device = accelerator.device
     torch.manual_seed(grpo.seed)

@@ -1,4 +1,4 @@
-"""Rewards from elsewhere, as a recipe names them: functions to import, and servers to ask."""
+"""Rewards beside those of a geometry alone, as a recipe names them: told ones, imported ones, remote ones."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from geometry.types import Geometry
 from rewards import REWARDS
+from vggrpo.base_motion import prior_of
+from vggrpo.camera_paths import follow
 from vggrpo.config import VideoConfig
 from vggrpo.decoded import Decoder
 from vggrpo.remote import remote_reward
@@ -22,20 +24,35 @@ GROUP = "vggrpo.rewards"
 
 
 def further_rewards(
-    video: VideoConfig, weights: Mapping[str, float] | None, decode: Decoder, *, allow_import: bool
+    video: VideoConfig,
+    weights: Mapping[str, float] | None,
+    motion: Mapping[str, float],
+    decode: Decoder,
+    *,
+    allow_import: bool,
 ) -> dict[str, RewardFn]:
-    """The recipe's `imported` and `remote` rewards, by name. Nothing is imported, loaded or asked where there are none.
+    """`motion_prior`, `camera_following`, and the recipe's `imported` and `remote` rewards, by name.
+
+    Nothing is imported, loaded or asked where there are none.
+
+    Args:
+        motion: the base model's, of each prompt; it may still be empty.
 
     Raises:
         ValueError: one without a weight or with a shipped one's name, code that nobody allowed, a path that leads
-            nowhere.
+            nowhere, `motion_prior` without samples to measure motion in, `camera_following` without paths.
     """
+    named = weights or {}
+    if "motion_prior" in named and video.motion_samples == 0:
+        raise ValueError("motion_prior needs the base model's own motion: set video.motion_samples")
+    if ("camera_following" in named) != (video.cameras is not None):
+        raise ValueError("video.cameras and the reward camera_following go together: give both or neither")
+    found: dict[str, RewardFn] = {"motion_prior": prior_of(motion), "camera_following": follow()}
     for name in (*video.imported, *video.remote):
-        if name in REWARDS or (name in video.imported and name in video.remote):
+        if name in REWARDS or name in found or (name in video.imported and name in video.remote):
             raise ValueError(f"video: there are two rewards {name!r}: give this one another name")
-        if name not in (weights or {}):
+        if name not in named:
             raise ValueError(f"video: reward {name!r} has no weight: add it to grpo.weights, or leave it out")
-    found: dict[str, RewardFn] = {}
     for name, remote in video.remote.items():
         found[name] = remote_reward(name, remote, decode)
     for name, wanted in video.imported.items():
