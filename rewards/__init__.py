@@ -32,6 +32,7 @@ REWARDS: dict[str, RewardFn] = {
 ESTIMATED: dict[str, RewardFn] = {
     **REWARDS,
     "reprojection_consistency": partial(reprojection_consistency, dynamic_threshold=ESTIMATED_FLOW),
+    "scene_smoothness": partial(scene_smoothness, dynamic_threshold=ESTIMATED_FLOW),
 }
 """The same for geometry that a model has estimated: in training, sampling, scoring and every report."""
 

@@ -5,14 +5,14 @@ motion under the same prompt sees it for all (the dead zone of the motion hinge 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from geometry.types import Geometry
-from rewards import camera_motion, camera_motion_floor
+from rewards import camera_motion, camera_motion_floor, motion_prior
 from vggrpo.runtime import Run
 from vggrpo.trainer import GeometryFn, OfCondition
 from vggrpo.types import Condition, Policy, Streams
@@ -53,5 +53,15 @@ def floor_of(motion: dict[str, float], share: float) -> OfCondition:
         floor = scene.depth.new_tensor([share * motion[prompt] for prompt in cond.prompt])[:, None]
         enough = camera_motion_floor(scene, floor=floor.clamp(min=STILL), stride=STRIDE)
         return enough.where(floor > STILL, torch.zeros_like(enough))
+
+    return OfCondition(reward)
+
+
+def prior_of(motion: Mapping[str, float]) -> OfCondition:
+    """`motion_prior` around each prompt's own `motion`."""
+
+    def reward(scene: Geometry, cond: Condition) -> Tensor:
+        base = scene.depth.new_tensor([motion[prompt] for prompt in cond.prompt])[:, None]
+        return motion_prior(scene, base, stride=STRIDE)
 
     return OfCondition(reward)

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from rewards import DEFAULT, ESTIMATED, ESTIMATED_FLOW, motion_smoothness, reprojection_consistency
 from vggrpo.base_motion import floor_of, measure_base_motion
+from vggrpo.camera_paths import read_paths
 from vggrpo.checkpoint import restore_weights
 from vggrpo.config import Recipe, RewardForm, VideoConfig
 from vggrpo.control import RANDOM, is_control, random_reward
+from vggrpo.decoded import Decoder
+from vggrpo.further_rewards import further_rewards
 from vggrpo.launch import start
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
@@ -39,20 +42,28 @@ class Parts(NamedTuple):
     run: Run
 
 
-def build(recipe: Recipe, accelerator: Accelerator | None = None, weights: Mapping[str, Tensor] | None = None) -> Parts:
+def build(
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    allow_import: bool = False,
+) -> Parts:
     """The parts of a run under this launch.
 
     Args:
         weights: what a checkpoint says of the trained weights. They come before the launch wraps the network, for an
             engine may keep copies, or parts.
+        allow_import: whether the recipe's `video.imported` may be imported, which runs whatever is there.
 
     Raises:
         ValueError: a launch that is not what was asked for, a batch that the ranks cannot share, a reward or prompt
-            that is not known, a file that is missing or not what its card says, weights of another network.
+            that is not known, a file that is missing or not what its card says, weights of another network, code that
+            nobody allowed.
     """
     accelerator = accelerator or start(recipe.launch, cpu=recipe.video is None)
     if recipe.video is not None:
-        return _video(recipe, recipe.video, accelerator, weights)
+        return _video(recipe, recipe.video, accelerator, weights, allow_import)
     return _mixture(recipe, accelerator, weights)
 
 
@@ -80,8 +91,15 @@ def _mixture(recipe: Recipe, accelerator: Accelerator, weights: Mapping[str, Ten
     return Parts(network, policy, _latents, rewards, batches(mixture.prompts, run), optimizer, run)
 
 
-def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights: Mapping[str, Tensor] | None) -> Parts:
-    """A Wan with LoRA, judged by a latent geometry model. Neither VAE nor text encoder stays."""
+def _video(
+    recipe: Recipe,
+    video: VideoConfig,
+    accelerator: Accelerator,
+    weights: Mapping[str, Tensor] | None,
+    allow_import: bool,
+) -> Parts:
+    """A Wan with LoRA, judged by a latent geometry model. The text encoder does not stay, nor (but for rewards of
+    pixels) does the VAE."""
     from vggrpo.data import read_prompts
     from vggrpo.policy.lora import add_lora
     from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
@@ -90,8 +108,15 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights
 
     grpo, folder = recipe.grpo, Path(video.model)
     run = Run(accelerator, grpo.num_prompts, grpo.group_size, grpo.max_skipped)
-    rewards = _rewards_of(recipe, run, lambda: chosen_rewards(grpo.weights, video.reward_form))
-    prompts = read_prompts(video.prompts)
+    prompts, motion = read_prompts(video.prompts), dict[str, float]()
+    decode = Decoder(folder, video.judged_at_once)
+
+    def chosen() -> dict[str, RewardFn]:
+        further = further_rewards(video, grpo.weights, motion, decode, allow_import=allow_import)
+        return chosen_rewards(grpo.weights, video.reward_form, further)
+
+    rewards = _rewards_of(recipe, run, chosen)
+    paths = None if video.cameras is None else read_paths(video.cameras, prompts, video.frames).to(accelerator.device)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
     transformer = load_transformer(folder)
@@ -115,10 +140,11 @@ def _video(recipe: Recipe, video: VideoConfig, accelerator: Accelerator, weights
     )
 
     geometry = Scenes(lgm, video.judged_at_once, run.agree)
-    if video.motion_samples > 0 and "camera_motion_floor" in rewards:
-        motion = measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run)
+    if video.motion_samples > 0 and not rewards.keys().isdisjoint({"camera_motion_floor", "motion_prior"}):
+        motion.update(measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run))
+    if motion and "camera_motion_floor" in rewards:
         rewards["camera_motion_floor"] = floor_of(motion, video.motion_kept)
-    return Parts(network, policy, geometry, rewards, batches(prompts, run), optimizer, run)
+    return Parts(network, policy, geometry, rewards, batches(prompts, run, paths), optimizer, run)
 
 
 def _rewards_of(recipe: Recipe, run: Run, chosen: Callable[[], dict[str, RewardFn]]) -> dict[str, RewardFn]:
@@ -126,33 +152,36 @@ def _rewards_of(recipe: Recipe, run: Run, chosen: Callable[[], dict[str, RewardF
     return {RANDOM: random_reward(run)} if is_control(recipe.grpo.weights) else chosen()
 
 
-def chosen_rewards(weights: dict[str, float] | None, form: RewardForm = "robust") -> dict[str, RewardFn]:
-    """The shipped rewards of these names, for estimated geometry.
+def chosen_rewards(
+    weights: dict[str, float] | None, form: RewardForm = "robust", further: Mapping[str, RewardFn] = {}
+) -> dict[str, RewardFn]:
+    """The rewards of these names, for estimated geometry: shipped ones, and `further` ones.
 
     Raises:
         ValueError: no names, or one that none of them has.
     """
     if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
         raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
+    known: dict[str, RewardFn] = {**ESTIMATED, **further}
     for name in weights:
-        if name not in ESTIMATED:
-            near = difflib.get_close_matches(name, ESTIMATED, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ESTIMATED)}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
-    special: dict[str, RewardFn] = {}
     if form == "paper":
         again = partial(
             reprojection_consistency, dynamic_threshold=ESTIMATED_FLOW, scale="absolute", exclude_self=False
         )
-        special = {"motion_smoothness": partial(motion_smoothness, floor=0.0), "reprojection_consistency": again}
-    return {name: special.get(name, ESTIMATED[name]) for name in weights}
+        known |= {"motion_smoothness": partial(motion_smoothness, floor=0.0), "reprojection_consistency": again}
+    return {name: known[name] for name in weights}
 
 
-def batches(prompts: Sequence[str], run: Run) -> Iterator[Condition]:
-    """The prompts over and over, a global batch at a time: the same on every rank."""
-    endless = itertools.cycle(prompts)
+def batches(prompts: Sequence[str], run: Run, cameras: Tensor | None = None) -> Iterator[Condition]:
+    """The prompts, with their paths `[N T 4 4]`, over and over, a global batch at a time: the same on every rank."""
+    endless = itertools.cycle(range(len(prompts)))
     while True:
-        yield Condition(list(itertools.islice(endless, run.num_prompts)))
+        chosen = list(itertools.islice(endless, run.num_prompts))
+        yield Condition([prompts[n] for n in chosen], camera=None if cameras is None else cameras[chosen])
 
 
 def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

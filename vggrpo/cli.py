@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in LAUNCH_FLAGS:
         train.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
     train.set_defaults(run=_train)
+    for command in (train, commands.choices["check"]):
+        command.add_argument("--allow-import", action="store_true", help="run the code of the recipe's own rewards")
+    commands.choices["check"].set_defaults(
+        run=lambda args: check_recipe(args.recipe, args.overrides, allow_import=args.allow_import)
+    )
     for name, flagged in FLAGGED.items():
         commands.add_parser(name, help=flagged.__doc__, add_help=False)
     bootstrap = commands.add_parser("bootstrap", help="Make a part of the embedded stack.")
@@ -75,10 +80,10 @@ def _told(action: Callable[[], int]) -> int:
         return 2
 
 
-def check_recipe(path: str, overrides: Sequence[str]) -> int:
+def check_recipe(path: str, overrides: Sequence[str], *, allow_import: bool = False) -> int:
     """One rollout and replay: is the ratio 1, does anything learn, what does it cost?"""
     recipe = load_recipe(path, overrides)
-    parts = build(recipe)
+    parts = build(recipe, allow_import=allow_import)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
     )
@@ -100,21 +105,21 @@ def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True) -> in
     return 1 if problems else 0
 
 
-def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False, allow_import: bool = False) -> int:
     """Train, print every iteration's numbers and keep them in the run's folder; a signal stops it with a checkpoint."""
     from vggrpo.training import Training
 
-    return Training(load_recipe(path, overrides), resume=resume).go()
+    return Training(load_recipe(path, overrides), resume=resume, allow_import=allow_import).go()
 
 
-def launch_recipe(name: str, flags: Sequence[str], path: str, overrides: Sequence[str], *, resume: bool = False) -> int:
+def launch_recipe(name: str, flags: Sequence[str], path: str, overrides: Sequence[str], more: Sequence[str]) -> int:
     """`vggrpo train` by `accelerate launch`, in this process's place; what can be seen to be wrong is said before."""
     from vggrpo.launch import command, configuration, num_processes
     from vggrpo.runtime import share_of
 
     recipe = load_recipe(path, overrides)
     share_of(0, num_processes(configuration(name)[1], flags), recipe.grpo.num_prompts, recipe.grpo.group_size)
-    words = command(name, ["train", path, *overrides, *["--resume"] * resume], flags)
+    words = command(name, ["train", path, *overrides, *more], flags)
     sys.stdout.flush()
     os.execv(words[0], words)
 
@@ -239,10 +244,11 @@ def evaluate(argv: Sequence[str]) -> int:
 def _train(args: argparse.Namespace) -> int:
     flags = [word for flag in LAUNCH_FLAGS if (value := getattr(args, flag[2:])) is not None for word in (flag, value)]
     if args.accelerate is not None:
-        return launch_recipe(args.accelerate, flags, args.recipe, args.overrides, resume=args.resume)
+        more = [*["--resume"] * args.resume, *["--allow-import"] * args.allow_import]
+        return launch_recipe(args.accelerate, flags, args.recipe, args.overrides, more)
     if flags:
         raise ValueError(f"{flags[0]} is for accelerate: give --accelerate NAME with it")
-    return train_recipe(args.recipe, args.overrides, resume=args.resume)
+    return train_recipe(args.recipe, args.overrides, resume=args.resume, allow_import=args.allow_import)
 
 
 def _add(commands: Any, name: str, action: Action, example: str) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from vggrpo.flow import sde_step
 from vggrpo.grpo import Aggregate, Baseline, Silent
+from vggrpo.reward_config import ImportedConfig, RemoteConfig
 from vggrpo.sampler import Window, time_grid
 
 
@@ -205,6 +206,12 @@ class VideoConfig:
     """Iterations between sample videos, for which the VAE is loaded; 0 is never."""
     sample_prompts: int = 2
     """Of the first prompts, one video each."""
+    imported: dict[str, ImportedConfig] = field(default_factory=dict)
+    """Rewards of your own, by the names that they have in grpo.weights."""
+    remote: dict[str, RemoteConfig] = field(default_factory=dict)
+    """Rewards of servers, by the names that they have in grpo.weights."""
+    cameras: str | None = None
+    """safetensors with "c2w" [N frames 4 4], the camera path of each prompt, for the reward `camera_following`."""
 
     def __post_init__(self) -> None:
         _require(

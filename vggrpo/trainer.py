@@ -27,7 +27,14 @@ class OfCondition(NamedTuple):
     """Scene and its B conditions -> [B K]."""
 
 
-RewardFn = Callable[[Any], Tensor] | OfCondition
+class OfRollout(NamedTuple):
+    """A reward of the samples themselves: of their pixels, or someone else's."""
+
+    ask: Callable[[Rollout], Callable[[], Tensor]]
+    """The rollout -> what waits for its [B K]: all such rewards are asked before the others are computed."""
+
+
+RewardFn = Callable[[Any], Tensor] | OfCondition | OfRollout
 """Scene -> [B K]; bigger is better, NaN is 'cannot be scored'."""
 
 
@@ -127,10 +134,14 @@ def score(rewards: Mapping[str, RewardFn], scene: Any, rollout: Rollout) -> dict
     Raises:
         ValueError: a reward that is not one number per sample, by name.
     """
-    reward = {
+    asked = {name: fn.ask(rollout) for name, fn in rewards.items() if isinstance(fn, OfRollout)}
+    found = {
         name: fn.reward(scene, rollout.cond) if isinstance(fn, OfCondition) else fn(scene)
         for name, fn in rewards.items()
+        if not isinstance(fn, OfRollout)
     }
+    found |= {name: wait() for name, wait in asked.items()}
+    reward = {name: found[name] for name in rewards}
     for name, r in reward.items():
         if r.shape != rollout.z0.shape[:2]:
             raise ValueError(f"reward {name!r} must be [B K] = {list(rollout.z0.shape[:2])}, got {list(r.shape)}")

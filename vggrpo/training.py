@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from vggrpo.session import Session
 from vggrpo.sharded import restore_moments, whole_moments, whole_weights
 from vggrpo.signals import STATUS, Interrupted, Signals
 from vggrpo.trackers import Trackers
-from vggrpo.trainer import OfCondition, RewardFn, train
+from vggrpo.trainer import OfCondition, OfRollout, RewardFn, train
 from vggrpo.types import Condition
 
 AVERAGE = "average"
@@ -31,12 +31,14 @@ AVERAGE = "average"
 class Training:
     """A run under way: its parts, its folder, and how far it is."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, *, resume: bool, allow_import: bool = False) -> None:
         """Raises ValueError for everything that is wrong with the recipe, the launch or what is in the folder."""
         self.recipe = recipe
         self.session = Session(recipe, writes=int(os.environ.get("RANK", 0)) == 0)
         found = self.session.find(resume=resume)
-        self.parts: Parts = build(recipe, weights=None if found is None else found.tensors["weights"])
+        self.parts: Parts = build(
+            recipe, weights=None if found is None else found.tensors["weights"], allow_import=allow_import
+        )
         self.run = self.parts.run
         self.main = self.session.writes = self.run.accelerator.is_main_process
         self.bare = self.run.accelerator.unwrap_model(self.parts.network)
@@ -139,11 +141,19 @@ class Training:
         save_lora(self.bare.transformer, folder, own)
 
     def _polled(self, reward: RewardFn) -> RewardFn:
+        """The same reward, before which ranks agree whether to stop; one that is asked early is not held up."""
+
         def judged(scene: Any, *cond: Condition) -> Tensor:
             self.run.agree()
-            return reward.reward(scene, *cond) if isinstance(reward, OfCondition) else reward(scene)
+            return fn(scene, *cond)
 
-        return OfCondition(judged) if isinstance(reward, OfCondition) else judged
+        if isinstance(reward, OfRollout):
+            return reward
+        if isinstance(reward, OfCondition):
+            fn: Callable[..., Tensor] = reward.reward
+            return OfCondition(judged)
+        fn = reward
+        return judged
 
 
 def _due(done: int, every: int) -> bool:

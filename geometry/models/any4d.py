@@ -51,8 +51,15 @@ def call(module: nn.Module, images: Tensor, intrinsics: Tensor | None) -> Any:
 
 
 def parse(raw: Any, size: tuple[int, int]) -> Geometry:
-    """In the conventions of `geometry/types.py`, in metres."""
+    """In the conventions of `geometry/types.py`, in metres.
+
+    Raises:
+        ValueError: a model that was configured to say less.
+    """
     names = ("cam_trans", "cam_quats", "ray_directions", "depth_along_ray", "conf", "non_ambiguous_mask", "scene_flow")
+    for name in names:
+        if name not in raw[0]:
+            raise ValueError(f"{SOURCE.name} says no {name}: build it with raydirs+depth+pose+confidence+mask")
     view = {name: torch.stack([one[name] for one in raw], dim=1) for name in names}
     own = rigid(rotation_of(view["cam_quats"].float()), view["cam_trans"].float())
     c2w, ray = anchored(own), view["ray_directions"].float()

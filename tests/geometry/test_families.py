@@ -272,6 +272,12 @@ def test_a_module_of_another_class_is_one_line_that_says_where_to_get_the_right_
     assert "licen" in str(adapter.SOURCE).lower() or "CC-BY" in str(adapter.SOURCE)
 
 
+def test_an_any4d_that_says_less_is_refused(clips):
+    raw = [{key: x for key, x in view.items() if key != "conf"} for view in raw_any4d(clips.geometry, paths_of(clips))]
+    with pytest.raises(ValueError, match="Any4D says no conf: build it with"):
+        any4d.parse(raw, SIZE)
+
+
 def test_models_without_cameras_or_an_early_block_are_refused():
     with pytest.raises(ValueError, match="METRIC and MONO estimate no cameras"):
         depth_anything3.backbone(families.DepthAnything3(cameras=False))
