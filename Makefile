@@ -1,4 +1,5 @@
-# make test   new machine -> .venv -> lint, types, tests        make demo   render and score a few clips
+# make test   new machine -> .venv -> lint, types, tests        make rewards   render and score a few clips
+# make demo   trains the embedded model for MINUTES (6) from a new SEED, then judges it on held-out prompts; runs/demo-SEED
 # make lint   ruff + mypy                                       make bench  the hot paths, timed
 # make test-slow   the shipped models' numbers, measured again
 # make assets   trains every shipped model from nothing, in some five hours on one CPU core; `RESUME=1` goes on after a stop
@@ -10,8 +11,13 @@ INSTALLED := $(VENV)/.installed
 BOOTSTRAP = $(BIN)/python -m vggrpo bootstrap
 RECIPES := launch/recipes/bootstrap
 NEW := runs/assets
+ifndef SEED
+SEED := $(shell date +%s)
+endif
+MINUTES ?= 6
+DEMO := runs/demo-$(SEED)
 
-.PHONY: test test-slow lint format demo bench assets clean
+.PHONY: test test-slow lint format demo rewards bench assets clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -29,7 +35,13 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 demo: $(INSTALLED)
-	$(BIN)/python -m benchmarks.demo --out runs/demo
+	$(BIN)/python -m vggrpo train launch/recipes/tiny.yaml grpo.seed=$(SEED) max_minutes=$(MINUTES) out=$(DEMO)/train
+	$(BIN)/python -m vggrpo evaluate --lora vggrpo=$(DEMO)/train --best-of 4 --num-prompts 12 --seed $(SEED) \
+		--out $(DEMO)/report --animate $(DEMO)/before_after.gif
+	@echo "look at $(DEMO)/before_after.gif and $(DEMO)/report/report.html"
+
+rewards: $(INSTALLED)
+	$(BIN)/python -m benchmarks.demo --out runs/rewards
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.world
@@ -52,7 +64,7 @@ assets: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,viz,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,viz,deepspeed,dev]"
 	touch $@
 
 clean:

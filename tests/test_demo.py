@@ -1,4 +1,4 @@
-"""`make demo` leaves behind what it promises, and its numbers say what the README says."""
+"""`make rewards` leaves behind what it promises, and its numbers say what the README says."""
 
 import importlib.util
 import json

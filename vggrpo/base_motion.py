@@ -19,6 +19,8 @@ from vggrpo.types import Condition, Policy, Streams
 
 STRIDE = 8
 """Frames over which motion is measured: from frame to frame, shake would count."""
+AT_ONCE = 4
+"""Prompts in one rollout."""
 STILL = 1e-3
 """Motion below which a prompt's camera counts as standing still, in `camera_motion`'s units: nothing is asked of it."""
 
@@ -32,13 +34,13 @@ def measure_base_motion(
     Raises:
         ValueError: a prompt none of whose videos has a finite motion.
     """
-    accelerator = run.accelerator
-    ranks, every = accelerator.num_processes, list(dict.fromkeys(prompts))
+    accelerator, every = run.accelerator, list(dict.fromkeys(prompts))
+    parts = [every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE)]
     found: list[tuple[str, float]] = []
-    for i in range(math.ceil(len(every) / ranks)):  # as many rollouts on one rank as on another
-        prompt = every[(i * ranks + accelerator.process_index) % len(every)]
-        rollout = policy.rollout(Condition([prompt]), samples, Streams(seed, i, first_prompt=10**6))
-        found.append((prompt, float(camera_motion(geometry(rollout.z0), stride=STRIDE).nanmean())))
+    for i in range(math.ceil(len(parts) / accelerator.num_processes)):  # as many rollouts on one rank as on another
+        mine = parts[(i * accelerator.num_processes + accelerator.process_index) % len(parts)]
+        rollout = policy.rollout(Condition(mine), samples, Streams(seed, i, first_prompt=10**6))
+        found += zip(mine, camera_motion(geometry(rollout.z0), stride=STRIDE).nanmean(-1).tolist(), strict=True)
     motion = dict(gather_object(found))
     for prompt, value in motion.items():
         if not math.isfinite(value):

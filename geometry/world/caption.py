@@ -3,7 +3,7 @@
 from geometry.world.scene import Body, Scene
 from geometry.world.trajectory import Move
 
-_CAMERA = {
+CAMERA = {
     "static": ("The camera stands still",),
     "pan": ("The camera pans left", "The camera pans right"),
     "tilt": ("The camera tilts up", "The camera tilts down"),
@@ -15,11 +15,12 @@ _CAMERA = {
     "arc": ("The camera arcs anticlockwise, easing in and out,", "The camera arcs clockwise, easing in and out,"),
     "random": ("The camera drifts freely",),
 }
+"""How a caption begins, by the camera's motion: one way, or one for each side (left, up, anticlockwise first)."""
 
 
 def caption(scene: Scene, move: Move) -> str:
     """One camera sentence, one about the place and the bodies, one for each body that moves."""
-    verb = _CAMERA[move.motion]
+    verb = CAMERA[move.motion]
     camera = verb[0] if len(verb) == 1 else verb[int(move.side > 0)]
     speed = "" if move.motion == "static" else f" {_pace(move.speed)}"
     if scene.room is None:

@@ -107,9 +107,9 @@ def _disagreement(scene: Geometry, i: int, j: int) -> float | None:
 
 def read_command(prompt: str) -> tuple[Motion, int] | None:
     """Motion and side that a caption of the world asks for; None for any other prompt."""
-    from geometry.world.caption import _CAMERA
+    from geometry.world.caption import CAMERA
 
-    for motion, beginnings in _CAMERA.items():
+    for motion, beginnings in CAMERA.items():
         for k, beginning in enumerate(beginnings):
             if prompt.strip().startswith(f"{beginning} "):
                 return cast(Motion, motion), 0 if len(beginnings) == 1 else 2 * k - 1

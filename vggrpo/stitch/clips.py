@@ -105,18 +105,12 @@ def check_generator(wan: Path, how: SamplingRecipe, generator: Path | None = Non
 @torch.no_grad()
 def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor, "N C L h w"]:
     """Latents of `num_samples` videos by the ODE with guidance; prompts are taken in turn, over and over."""
-    from vggrpo.flow import Velocity
-    from vggrpo.guidance import classifier_free
-    from vggrpo.policy.wan import load_encoders, own_shift, wan_velocity
-    from vggrpo.sampler import normal, ode_sample, time_grid
+    from vggrpo.policy.wan import WanVelocity, load_encoders, own_shift
+    from vggrpo.sampler import draw, normal, time_grid
     from vggrpo.sft import load_transformer
 
     check_generator(wan, how)
-    transformer = load_transformer(wan).eval()
-
-    def told(text: Tensor) -> Velocity:
-        return lambda z, t: wan_velocity(transformer, z, torch.as_tensor(t).expand(len(z)), text)
-
+    network = WanVelocity(load_transformer(wan).eval())
     encode_text = load_encoders(wan, how.max_len, "cpu").text
     seeds, progress, parts = range(how.first_seed, how.first_seed + how.num_samples), Progress(), []
     prompts = list(islice(cycle(read_prompts(how.prompts)), how.num_samples))
@@ -125,8 +119,6 @@ def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor
         some = seeds[start : start + AT_ONCE]
         text = encode_text(prompts[start : start + AT_ONCE])
         noise = normal((len(some), vae.config.z_dim, 5, 8, 8), [torch.Generator().manual_seed(seed) for seed in some])
-        parts.append(
-            ode_sample(classifier_free(told(text), told(negative.expand_as(text)), how.guidance_scale), noise, grid)
-        )
+        parts.append(draw(network, noise, text, negative, grid, how.guidance_scale))
         progress(f"sampling: {start + len(some)} of {len(seeds)} videos")
     return torch.cat(parts)
