@@ -141,7 +141,9 @@ def _video(
 
     geometry = Scenes(lgm, video.judged_at_once, run.agree)
     if video.motion_samples > 0 and not rewards.keys().isdisjoint({"camera_motion_floor", "motion_prior"}):
-        motion.update(measure_base_motion(policy, geometry, prompts, video.motion_samples, grpo.seed, run))
+        off = lora_off(network)  # its weights may be a checkpoint's already
+        base = FlowPolicy(off, encode, policy.latent_shape, recipe.sampling, agree=run.agree)
+        motion.update(measure_base_motion(base, geometry, prompts, video.motion_samples, grpo.seed, run))
     if motion and "camera_motion_floor" in rewards:
         rewards["camera_motion_floor"] = floor_of(motion, video.motion_kept)
     return Parts(network, policy, geometry, rewards, batches(prompts, run, paths), optimizer, run)

@@ -8,6 +8,7 @@ noised again, and the velocity that leads to good ones is pulled towards, the on
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -81,7 +82,11 @@ def train_nft(
         )
         loss = nft_backward(policy, network, rollout, run.local(advantage), generator, run, nft)
         grad_norm = run.clip_and_step(optimizer, cfg.max_grad_norm)
-        follow(policy.network, run.accelerator.unwrap_model(network), min(nft.slowing * update, nft.slowest))
+        follow(
+            cast(nn.Module, policy.network),
+            run.accelerator.unwrap_model(network),
+            min(nft.slowing * update, nft.slowest),
+        )
         means = {f"reward/{name}/mean": float(r[r.isfinite()].mean()) for name, r in reward.items()}
         yield {"update": update, "loss": loss, "grad_norm": grad_norm} | means
 

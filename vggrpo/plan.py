@@ -87,13 +87,14 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
     at_once = "x".join(map(str, (video.frames, video.height, video.width)))
     peak = peak_bytes(shape, sampling, latent, num_videos, averaged=recipe.optimizer.ema is not None)
     flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, before = "cuda" if torch.cuda.is_available() else "cpu", video.motion_samples > 0
     seconds, how = _seconds(config, shape, recipe, video, latent, counts, num_videos, device)
     return [
         f"model        {folder}: {shape.num_frozen:,} parameters, and {shape.num_trained:,} of a LoRA to train",
         f"geometry     {video.lgm}: {sum(p.numel() for p in lgm.parameters()):,} parameters",
         f"video        {at_once}, latents {'x'.join(map(str, latent))}: {shape.N} tokens; {len(prompts)} prompts of at "
         f"most {shape.M}",
+        *([f"before       {video.motion_samples * len(prompts)} videos of the base model, for its motion"] * before),
         *common,
         f"operations   {flops / 1e12:.3g} T an iteration, {forward_flops(shape) / 1e12:.3g} T a forward pass",
         f"memory       {peak / 2**20:,.0f} MiB at an update's peak, without libraries and the geometry model's own",

@@ -69,7 +69,7 @@ def test_the_control_is_never_part_of_a_reward(tmp_path, capsys):
     assert train(tmp_path, "grpo.weights={random: 1, nearness: 1}") == 2
     assert "'random' is the negative control and stands alone, got ['nearness', 'random']" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no reward 'random'"):  # nor does it hide among the shipped ones
-        chosen_rewards({"random": 1.0}, 0.06)
+        chosen_rewards({"random": 1.0})
 
 
 def test_a_video_recipe_knows_the_control(capsys, monkeypatch):
@@ -93,4 +93,4 @@ def test_the_papers_recipe_is_the_papers(monkeypatch):
     paper = {"scale": "absolute", "exclude_self": False, "dynamic_threshold": ESTIMATED_FLOW}
     found = rewards["reprojection_consistency"](clips)
     assert torch.equal(found, reprojection_consistency(clips, **paper))
-    assert not torch.equal(found, chosen_rewards(grpo.weights, 0.06)["reprojection_consistency"](clips))
+    assert not torch.equal(found, chosen_rewards(grpo.weights)["reprojection_consistency"](clips))

@@ -357,9 +357,9 @@ def test_each_prompt_has_its_own_motion_prior():
 
 def test_further_rewards_are_chosen_by_name_beside_the_shipped_ones():
     mine = {"mine": first_depth}
-    assert chosen_rewards({"mine": 1.0, "motion_smoothness": 1.0}, 0.06, mine)["mine"] is first_depth
+    assert chosen_rewards({"mine": 1.0, "motion_smoothness": 1.0}, further=mine)["mine"] is first_depth
     with pytest.raises(ValueError, match="no reward 'mime': did you mean 'mine'"):
-        chosen_rewards({"mime": 1.0}, 0.06, mine)
+        chosen_rewards({"mime": 1.0}, further=mine)
 
 
 def test_a_run_learns_from_all_of_them(served, tmp_path):
@@ -404,7 +404,7 @@ REMOTE = "video.remote={vlm: {url: 'http://10.1.2.3/'}}"
         (["video.imported={motion_smoothness: {path: 'a:b'}}"], "there are two rewards 'motion_smoothness'"),
         (["video.imported={motion_prior: {path: 'a:b'}}"], "there are two rewards 'motion_prior'"),
         ([REMOTE, "grpo.weights={vlm: 1}"], "say other_machines: true if they may"),
-        (["grpo.weights={motion_prior: 1}"], "set video.motion_samples"),
+        (["grpo.weights={motion_prior: 1}", "video.motion_samples=0"], "set video.motion_samples"),
         (["grpo.weights={camera_following: 1}"], "video.cameras and the reward camera_following go together"),
         (["video.cameras=nowhere"], "video.cameras and the reward camera_following go together"),
         (["video.imported={mine: {path: 'a:b', takes: pixels}}"], "takes must be one of geometry, video"),

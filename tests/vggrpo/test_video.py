@@ -32,7 +32,7 @@ RECIPE = str(ROOT / "launch/recipes/tiny.yaml")
 # Groups of three: in a group of two, two rewards that disagree cancel exactly.
 SMALL = [
     *("grpo.group_size=3", "grpo.beta=0.1", "sampling.num_steps=3", "sampling.window.size=1", "sampling.window.stop=2"),
-    *("video.frames=5", "video.height=32", "video.width=32"),
+    *("video.frames=5", "video.height=32", "video.width=32", "video.motion_samples=0"),
 ]
 
 
@@ -64,6 +64,23 @@ def test_prompts_can_be_held_to_the_base_models_own_motion(tmp_path):
     frozen = replace(scene, c2w=scene.c2w[:, :, :1].expand_as(scene.c2w))
     assert told.reward(frozen, rollout.cond).tolist() == [[-1, -1, -1]]
     assert told.reward(scene, rollout.cond).min() > -1
+
+
+def test_the_base_models_motion_is_not_the_tuned_ones_when_a_run_goes_on(tuned, tmp_path):
+    (tmp_path / "one.txt").write_text(prompts(*FILES["train"])[0])
+    recipe = load_recipe(RECIPE, [*SMALL, f"video.prompts={tmp_path / 'one.txt'}", "video.motion_samples=1"])
+    weights = load_checkpoint(tuned / "checkpoints").tensors["weights"]
+    fresh, resumed = build(recipe), build(recipe, weights=weights)
+    rollout = fresh.policy.rollout(next(fresh.conditions), 3, fresh.run.streams(0, 0))
+    scene = fresh.geometry(rollout.z0)
+    sliding = torch.eye(4).repeat(1, 3, 5, 1, 1)
+    sliding[..., 0, 3] = 1e-3 * scene.depth.median() * torch.arange(5)
+    slow = replace(scene, c2w=sliding)
+    said, again = (parts.rewards["camera_motion_floor"].reward(slow, rollout.cond) for parts in (fresh, resumed))
+    assert said.max() < 0
+    assert torch.equal(said, again)
+    other = resumed.policy.rollout(rollout.cond, 3, fresh.run.streams(0, 0))
+    assert not torch.equal(other.z0, rollout.z0), "the control: the tuned model does move otherwise"
 
 
 def test_a_pre_flight_of_the_shipped_recipe_finds_nothing_wrong():
@@ -335,7 +352,7 @@ def test_training_scoring_and_the_report_take_one_reward_for_estimated_geometry(
     wanted = float(ESTIMATED[name](scene))
     assert chosen_rewards({name: 1.0})[name] is ESTIMATED[name]
     assert float(fidelity.REWARDS[name](scene)) == wanted
-    said = score(torch.zeros(5, 3, 32, 32), lambda video: scene, judges=False)[1]
+    said = score(torch.zeros(5, 3, 32, 32), lambda video: scene)[1]
     assert said["rewards"][name] == wanted
     assert said["moving_pixels"] == 0
     assert REWARDS[name](scene).isnan().all()  # all of it moves

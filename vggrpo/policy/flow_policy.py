@@ -49,7 +49,7 @@ class FlowPolicy:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         encode: Encoder,
         latent_shape: Sequence[int],
         cfg: SamplingConfig,
