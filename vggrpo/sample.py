@@ -54,7 +54,7 @@ class Drawing:
     """Steps from noise to data."""
     shift: float | None = None
     """Of the time grid; by default what the model's own scheduler says."""
-    guidance_scale: float = 4.0
+    guidance_scale: float = 2.5
     """Classifier-free guidance; 1 is none."""
     negative_prompt: str = ""
     """What it moves away from."""
