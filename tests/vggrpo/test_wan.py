@@ -6,22 +6,30 @@ Folders are saved and loaded as those of the hub are.
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
 from transformers import (
     AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-from vggrpo.config import SamplingConfig
-from vggrpo.policy.flow_policy import FlowPolicy
+from vggrpo.config import LoraSize, SamplingConfig
+from vggrpo.policy.first_frame import WORDS, free_shape, kept_latents, load_sight, put_first, with_first_frames
+from vggrpo.policy.flow_policy import FlowPolicy, Network, lora_off
+from vggrpo.policy.lora import add_lora
 from vggrpo.policy.wan import WanVelocity, latent_shape, load_encoders
 from vggrpo.sampler import Window, draw, normal
 from vggrpo.sft import load_transformer
@@ -75,11 +83,18 @@ def piped(make: type, folder: Path, z: torch.Tensor, tokens: int = TOKENS, **inp
     settings = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "latents": z, "output_type": "latent"} | SIZE
     if make is WanPipeline:
         settings |= {"prompt": PROMPTS[0], "negative_prompt": PROMPTS[1], "max_sequence_length": TOKENS}
+    else:  # it would need ftfy to clean prompts
+        settings |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), texts(folder, tokens), strict=True))
     return pipe(**settings | inputs).frames
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(folder, subfolder="vae").eval()
+
+
+def told(network: WanVelocity, *frame: torch.Tensor) -> Network:
+    """The network, told of a first frame."""
+    return lambda z_t, t, text: network(z_t, t, (text, *frame))
 
 
 def noise(folder: Path) -> torch.Tensor:
@@ -116,3 +131,132 @@ def test_both_branches_of_guidance_at_once_differ_by_rounding_alone(wan21):
     streams = Streams(0, 0)
     z = normal(noise(wan21).shape, [streams.member(0, 0)])
     torch.testing.assert_close(policy.sample(Condition(["yes"]), streams), piped(WanPipeline, wan21, z))
+
+
+def wide_vae() -> AutoencoderKLWan:
+    """Wan 2.2's at a fraction of its width: 48 channels, 16 times smaller, in patches of two."""
+    torch.manual_seed(1)
+    return AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=(0.1 * torch.randn(48)).tolist(), latents_std=(1 + torch.rand(48)).tolist(),
+    )  # fmt: skip
+
+
+def picture() -> Image.Image:
+    pixels = torch.randint(256, (32, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return Image.fromarray(pixels.numpy())
+
+
+def first_frame() -> torch.Tensor:
+    return torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None] / 255
+
+
+def wan22(make: type, folder: Path) -> Path:
+    """Wan2.2-TI2V-5B."""
+    torch.manual_seed(0)
+    return saved(folder, make, transformer=transformer(48), vae=wide_vae(), expand_timesteps=True)
+
+
+@pytest.fixture(scope="module")
+def wan22_i2v(tmp_path_factory):
+    return wan22(WanImageToVideoPipeline, tmp_path_factory.mktemp("wan22_i2v"))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["prompt alone", "first frame"])
+def test_wan22_5b_is_sampled_as_diffusers_samples_it_bit_for_bit(wan22_i2v, tmp_path, given):
+    make = WanImageToVideoPipeline if given else WanPipeline
+    folder = wan22_i2v if given else wan22(make, tmp_path)
+    z, network = noise(folder), WanVelocity(load_transformer(folder), per_token=True)
+    expected = piped(make, folder, z, **({"image": picture()} if given else {}))
+    frame = (kept_latents(load_vae(folder), first_frame()[0]),) if given else ()
+    found = draw(told(network, *frame), z[:, :, len(frame) :], *texts(folder), euler_grid(folder), SCALE)
+    if given:
+        found = put_first((found, *frame), found)
+    assert found.shape == (1, 48, 2, 2, 4)
+    assert torch.equal(found, expected)
+    plain = draw(WanVelocity(load_transformer(folder)), z, *texts(folder), euler_grid(folder), SCALE)
+    assert torch.allclose(plain, expected, atol=1e-4) == (not given)  # one time for all tokens: for prompts alone
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_kept_first_frame_stays_and_has_no_part_in_likelihood_and_kl(wan22_i2v, share):
+    folder = wan22_i2v
+    network = WanVelocity(load_transformer(folder), per_token=True)
+    add_lora(network.transformer, LoraSize(2, 2))
+    vae, (text, negative) = load_vae(folder), texts(folder)
+    known = {"yes": text, "no": negative}
+    encode = with_first_frames(
+        lambda cond: torch.cat([known[prompt] for prompt in cond.prompt]), "kept", vae, SIZE["num_frames"]
+    )
+    cfg = SamplingConfig(
+        num_steps=4, window=Window(2), guidance_scale=2.0, negative_prompt="no", micro_batch=3, share_noise=share
+    )
+    shape = free_shape(latent_shape(folder, *SIZE.values()), "kept")
+    policy = FlowPolicy(network, encode, shape, cfg, lora_off(network), complete=put_first)
+    frames = torch.cat([first_frame(), first_frame().flip(-1)])
+    rollout = policy.rollout(Condition(["yes", "no"], first_frame=frames), 2, Streams(0, 0))
+    kept = torch.cat([kept_latents(vae, frame) for frame in frames])
+    assert rollout.z0.shape == (2, 2, 48, 2, 2, 4)
+    assert torch.equal(rollout.z0[:, :, :, :1], kept[:, None].expand(-1, 2, -1, -1, -1, -1))
+    assert not torch.equal(kept[0], kept[1])
+    assert rollout.trajectory.states.shape == (3, 4, 48, 1, 2, 4)
+    for replay in policy.replay(rollout):
+        torch.testing.assert_close(replay.log_prob, rollout.log_prob[replay.at], rtol=0, atol=0)
+        assert replay.kl.eq(0).all()
+    for name, weight in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    moved = list(policy.replay(rollout))
+    assert all((replay.kl > 0).all() for replay in moved)
+    # By hand, from the free latents of one step: the frame that is kept would make the mean smaller.
+    state, step = rollout.trajectory.states, policy._step(network, rollout.trajectory, 0, slice(0, 3))
+    expected = torch.distributions.Normal(step.mean, step.std.float()).log_prob(state[1, :3]).flatten(1).mean(-1)
+    torch.testing.assert_close(moved[0].log_prob, expected)
+    with pytest.raises(ValueError, match="needs a first frame for each prompt"):
+        policy.rollout(Condition(["yes"]), 2, Streams(0, 0))
+    with pytest.raises(ValueError, match=r"sides that are multiples of 16, got 31 x 64"):
+        policy.rollout(Condition(["yes"], first_frame=frames[:1, :, 1:]), 2, Streams(0, 0))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["clip", "without clip"])
+def wan21_i2v(request, tmp_path_factory):
+    """Wan2.1-I2V, which reads CLIP's view, and the form of Wan2.2's, which does not."""
+    torch.manual_seed(0)
+    parts = {"vae": vae()}
+    image = {}
+    if request.param:
+        config = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+            patch_size=14,
+        )  # fmt: skip
+        parts["image_encoder"] = CLIPVisionModel(config)
+        parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        image = {"image_dim": 16, "added_kv_proj_dim": 24}
+    parts["transformer"] = transformer(36, out_channels=16, **image)
+    return saved(tmp_path_factory.mktemp("wan21_i2v"), WanImageToVideoPipeline, **parts), request.param
+
+
+def test_wan21_i2v_is_sampled_as_diffusers_samples_it_bit_for_bit(wan21_i2v):
+    folder, clip = wan21_i2v
+    z, network = noise(folder), WanVelocity(load_transformer(folder))
+    tokens = WORDS if clip else TOKENS
+    expected = piped(WanImageToVideoPipeline, folder, z, tokens, image=picture())
+    sight = load_sight(folder) if clip else None
+    vae, (text, negative) = load_vae(folder), texts(folder, tokens)
+    encode = with_first_frames(lambda cond: text, "channels", vae, SIZE["num_frames"], sight)
+    _, *frame = encode(Condition(["yes"], first_frame=first_frame()))
+    drawn = functools.partial(draw, z=z, text=text, negative=negative, grid=euler_grid(folder), guidance_scale=SCALE)
+    assert torch.equal(drawn(told(network, *frame)), expected)
+    _, *other = encode(Condition(["yes"], first_frame=first_frame().flip(-1)))
+    assert not torch.allclose(drawn(told(network, *other)), expected, atol=1e-4)  # the control: another frame
+    if clip:
+        assert not torch.allclose(drawn(told(network, frame[0], other[1])), expected, atol=1e-6)  # CLIP's view alone
+        # Videos of one prompt that see two frames are not taken for videos of one condition.
+        both = tuple(torch.cat(pair) for pair in zip(frame, other, strict=True))
+        together = network(z.expand(2, -1, -1, -1, -1), torch.full((2,), 0.5), (text.expand(2, -1, -1), *both))
+        alone = network(z, torch.full((1,), 0.5), (text, *other))
+        torch.testing.assert_close(together[1:], alone, rtol=1e-5, atol=1e-5)
+        short = with_first_frames(lambda cond: text[:, :7], "channels", vae, SIZE["num_frames"], sight)
+        with pytest.raises(ValueError, match="needs prompts of 512 tokens, got max_len 7: set max_len to 512"):
+            short(Condition(["yes"], first_frame=first_frame()))
