@@ -8,12 +8,15 @@ Everything is as in diffusers' WanImageToVideoPipeline, to the bit.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vggrpo.policy.flow_policy import Encoder, TextEncoder, Told
@@ -22,6 +25,26 @@ from vggrpo.types import Condition
 Way = Literal["kept", "channels"]
 WORDS = 512
 """Tokens of a prompt that diffusers' attention takes for granted where there is an image to attend to."""
+
+
+def read_first_frames(file: str, prompts: Sequence[str], height: int, width: int) -> Float[Tensor, "N 3 H W"]:
+    """The first frame of each prompt's video, RGB in [0, 1]: "frames" of a safetensors file.
+
+    Raises:
+        ValueError: no such file, or not a picture of this size for every prompt.
+    """
+    try:
+        found = load_file(Path(file))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read first frames from {file}: {error}") from None
+    expected = [len(prompts), 3, height, width]
+    if "frames" not in found or list(found["frames"].shape) != expected:
+        shapes = {name: list(value.shape) for name, value in found.items()}
+        raise ValueError(f"{file} must hold frames {expected}, one picture for each prompt, got {shapes}")
+    frames = found["frames"]
+    if not frames.is_floating_point() or not bool(((frames >= 0) & (frames <= 1)).all()):
+        raise ValueError(f"{file}: frames must be floating point in [0, 1]: divide bytes by 255")
+    return frames.float()
 
 
 class Sight(NamedTuple):
@@ -78,37 +101,42 @@ def seen(sight: Sight, frame: Float[Tensor, "3 H W"]) -> Float[Tensor, "1 patche
 
 
 def with_first_frames(
-    texts: TextEncoder, way: Way, vae: AutoencoderKLWan, frames: int, sight: Sight | None = None
+    texts: TextEncoder,
+    way: Way,
+    vae: AutoencoderKLWan,
+    frames: int,
+    sight: Sight | None,
+    first_frames: Float[Tensor, "N 3 H W"],
 ) -> Encoder:
-    """What `texts` tells, and the first frames of the conditions; each frame is encoded once and kept on the CPU.
+    """What `texts` tells of prompts, and one of these first frames, which are encoded now and kept on the CPU.
 
-    The encoder raises ValueError for conditions without first frames, or of a size that the VAE's strides do not
-    divide.
+    The encoder raises ValueError for a condition without a first frame, or with one that is not among them.
+
+    Raises:
+        ValueError: first frames of a size that the VAE's strides do not divide.
     """
+    stride, size = vae.config.scale_factor_spatial, first_frames.shape[2:]
+    if any(side % stride for side in size):
+        raise ValueError(f"first frames must have sides that are multiples of {stride}, got {size[0]} x {size[1]}")
     known: dict[str, tuple[Tensor, ...]] = {}
-
-    def told_of(frame: Float[Tensor, "3 H W"]) -> tuple[Tensor, ...]:
-        name = hashlib.sha256(frame.cpu().contiguous().numpy().tobytes()).hexdigest() + str(list(frame.shape))
-        if name not in known:
-            frame = frame.to(vae.device)
-            found = [kept_latents(vae, frame) if way == "kept" else channels(vae, frame, frames)]
-            known[name] = tuple(x.cpu() for x in found + ([] if sight is None else [seen(sight, frame)]))
-        return known[name]
+    for frame in first_frames.to(vae.device):
+        found = [kept_latents(vae, frame) if way == "kept" else channels(vae, frame, frames)]
+        known[_name(frame)] = tuple(x.cpu() for x in found + ([] if sight is None else [seen(sight, frame)]))
+    sees = sight is not None
 
     def encode(cond: Condition) -> Told:
         if cond.first_frame is None:
             raise ValueError("an image-to-video model needs a first frame for each prompt, and got prompts alone")
-        stride = vae.config.scale_factor_spatial
-        if any(side % stride for side in cond.first_frame.shape[2:]):
-            height, width = cond.first_frame.shape[2:]
-            raise ValueError(f"first frames must have sides that are multiples of {stride}, got {height} x {width}")
         text = texts(cond)
-        if sight is not None and text.shape[1] != WORDS:
+        if sees and text.shape[1] != WORDS:
             raise ValueError(
                 f"a model that reads image embeddings needs prompts of {WORDS} tokens, got max_len {text.shape[1]}: "
                 f"set max_len to {WORDS}"
             )
-        parts = [told_of(frame) for frame in cond.first_frame]
+        names = [_name(frame) for frame in cond.first_frame]
+        if not known.keys() >= set(names):
+            raise ValueError("a first frame was not encoded beforehand")
+        parts = [known[name] for name in names]
         return (text, *(torch.cat(some).to(text.device) for some in zip(*parts, strict=True)))
 
     return encode
@@ -123,6 +151,10 @@ def free_shape(shape: tuple[int, int, int, int], way: Way | None) -> tuple[int, 
 def put_first(told: Told, z0: Float[Tensor, "n C rest h w"]) -> Float[Tensor, "n C L h w"]:
     """The whole video where the first frame is kept: for `FlowPolicy(complete=)`."""
     return torch.cat([told[1].to(z0), z0], dim=2)
+
+
+def _name(frame: Float[Tensor, "3 H W"]) -> str:
+    return hashlib.sha256(frame.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _latents(vae: AutoencoderKLWan, video: Float[Tensor, "1 3 T H W"]) -> Float[Tensor, "1 C L h w"]:

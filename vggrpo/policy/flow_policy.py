@@ -83,6 +83,8 @@ class FlowPolicy:
         self.encode, self.latent_shape = encode, tuple(latent_shape)
         self.cfg, self.keep_means, self.agree = cfg, keep_means, agree
         self.complete: Complete = complete or (lambda told, z0: z0)
+        by_block = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+        self._recompute = cfg.gradient_checkpointing and not by_block  # one that recomputes its blocks does so itself
         self.micro_batch = cfg.micro_batch
         self.grid = sampler.time_grid(cfg.num_steps, cfg.shift)
         self.sde = sde_step(cfg.sde)
@@ -179,7 +181,7 @@ class FlowPolicy:
     def _step(self, network: Network, notes: FlowTrajectory, i: int, part: slice, training: bool = False) -> Gaussian:
         t, t_next = self.grid[notes.steps[i]], self.grid[notes.steps[i] + 1]
         z_t = notes.states[i, part].float()
-        if training and self.cfg.gradient_checkpointing:
+        if training and self._recompute:
             network = _checkpointed(network)
         v = self._velocity(network, rows(notes.cond, part), rows(notes.negative, part))(z_t, t)
         return self.sde(z_t, v, t, t_next, self.cfg.noise)

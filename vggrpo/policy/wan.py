@@ -72,12 +72,45 @@ class WanVelocity(nn.Module):
     (text, channels, CLIP's view): see `first_frame`. Latents in flight lack a first frame that is given.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, per_token: bool = False) -> None:
-        """`per_token`: every token has a time of its own, as in Wan2.2-TI2V-5B; a first frame that is given has 0."""
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        per_token: bool = False,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary: float | None = None,
+    ) -> None:
+        """A velocity of one transformer, or of two.
+
+        Args:
+            transformer: the only one, or the one that is asked at flow times from `boundary` on.
+            per_token: every token has a time of its own, as in Wan2.2-TI2V-5B; a first frame that is given has 0.
+            transformer_2: the one that is asked at flow times below `boundary` (Wan2.2-A14B).
+            boundary: see `transformer`.
+        """
         super().__init__()
-        self.transformer, self.per_token = transformer, per_token
-        for block in transformer.blocks:
+        assert (transformer_2 is None) == (boundary is None)
+        self.transformer, self.transformer_2 = transformer, transformer_2
+        self.per_token, self.boundary = per_token, boundary
+        for block in (block for one in self.transformers().values() for block in one.blocks):
             block.attn2.set_processor(PromptAttention())
+
+    def transformers(self) -> dict[str, WanTransformer3DModel]:
+        """All there are, by their folders in a pipeline."""
+        both = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: one for name, one in both.items() if one is not None}
+
+    def at(self, t: Float[Tensor, " n"]) -> WanTransformer3DModel:
+        """The transformer that is asked at these flow times.
+
+        Raises:
+            ValueError: times on both sides of the boundary.
+        """
+        if self.transformer_2 is None or self.boundary is None:
+            return self.transformer
+        high = TIMESTEPS * t >= self.boundary * TIMESTEPS
+        if high.any() and not high.all():
+            raise ValueError(f"flow times on both sides of the boundary {self.boundary:g} in one batch: ask for each")
+        return self.transformer if high.all() else self.transformer_2
 
     def forward(
         self, z_t: Float[Tensor, "n C L h w"], t: Float[Tensor, " n"], told: Tensor | tuple[Tensor, ...]
@@ -90,7 +123,7 @@ class WanVelocity(nn.Module):
         if self.per_token:
             return self._by_token(z_t, t, text, frame)
         z_t = z_t if frame is None else torch.cat([z_t, frame.to(z_t)], dim=1)
-        return wan_velocity(self.transformer, z_t, t, text, image)
+        return wan_velocity(self.at(t), z_t, t, text, image)
 
     def _by_token(self, z_t: Tensor, t: Tensor, text: Tensor, frame: Tensor | None) -> Tensor:
         """Behind the first frame at time 0, if there is one."""
@@ -100,7 +133,7 @@ class WanVelocity(nn.Module):
         tokens = whole.shape[3] // down * (whole.shape[4] // across)
         times = t[:, None].repeat(1, whole.shape[2] * tokens)
         times[:, : given * tokens] = 0
-        return wan_velocity(self.transformer, whole, times, text)[:, :, given:]
+        return wan_velocity(self.at(t), whole, times, text)[:, :, given:]
 
 
 def prompts_in(text: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "prompts tokens channels"]:
