@@ -83,7 +83,8 @@ class FlowPolicy:
         self.encode, self.latent_shape = encode, tuple(latent_shape)
         self.cfg, self.keep_means, self.agree = cfg, keep_means, agree
         self.complete: Complete = complete or (lambda told, z0: z0)
-        by_block = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+        modules = network.modules() if isinstance(network, nn.Module) else ()  # a reference is a function
+        by_block = any(getattr(module, "gradient_checkpointing", False) for module in modules)
         self._recompute = cfg.gradient_checkpointing and not by_block  # one that recomputes its blocks does so itself
         self.micro_batch = cfg.micro_batch
         self.grid = sampler.time_grid(cfg.num_steps, cfg.shift)
