@@ -9,20 +9,22 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rewards import DEFAULT, ESTIMATED, ESTIMATED_FLOW, motion_smoothness, reprojection_consistency
 from vggrpo.base_motion import floor_of, measure_base_motion
 from vggrpo.camera_paths import read_paths
 from vggrpo.checkpoint import restore_weights
-from vggrpo.config import Recipe, RewardForm, VideoConfig
+from vggrpo.config import Recipe, RewardForm, SamplingConfig, VideoConfig
 from vggrpo.control import RANDOM, is_control, random_reward
 from vggrpo.decoded import Decoder
 from vggrpo.further_rewards import further_rewards
 from vggrpo.launch import start
-from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off
+from vggrpo.policy.flow_policy import Encoder, FlowPolicy, frozen_copy, lora_off
 from vggrpo.policy.mixture import MixtureFlow, encode_modes, nearness
 from vggrpo.runtime import Run
+from vggrpo.sampler import time_grid
 from vggrpo.scenes import Scenes
 from vggrpo.trainer import GeometryFn, RewardFn
 from vggrpo.types import Condition
@@ -101,9 +103,9 @@ def _video(
     """A Wan with LoRA, judged by a latent geometry model. The text encoder does not stay, nor (but for rewards of
     pixels) does the VAE."""
     from vggrpo.data import read_prompts
-    from vggrpo.policy.lora import add_lora
-    from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders
-    from vggrpo.sft import load_transformer
+    from vggrpo.policy.first_frame import free_shape, put_first, read_first_frames
+    from vggrpo.policy.wan import cached_prompts, latent_shape, load_encoders
+    from vggrpo.policy.wan_folder import adapt, load_velocity, read_layout, tell_first_frames
     from vggrpo.stitch.load import load_lgm
 
     grpo, folder = recipe.grpo, Path(video.model)
@@ -117,26 +119,36 @@ def _video(
 
     rewards = _rewards_of(recipe, run, chosen)
     paths = None if video.cameras is None else read_paths(video.cameras, prompts, video.frames).to(accelerator.device)
+    layout, size = read_layout(folder), (video.height, video.width)
+    frames = None if video.first_frames is None else read_first_frames(video.first_frames, prompts, *size)
+    way = layout.told(frames is not None)
     device = accelerator.device
     torch.manual_seed(grpo.seed)
-    transformer = load_transformer(folder)
-    add_lora(transformer, video.lora)
-    network: nn.Module = WanVelocity(transformer).to(device)
+    velocity = load_velocity(folder, getattr(torch, video.dtype))
+    adapt(velocity, video.lora, video.lora_on, trainable_times(recipe.sampling), accelerator.num_processes)
+    if recipe.sampling.gradient_checkpointing:
+        for transformer in velocity.transformers().values():
+            transformer.enable_gradient_checkpointing()
+    network: nn.Module = velocity.to(device)
     if weights is not None:
         restore_weights(network, weights)
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae").to(device)
     encode = cached_prompts(
         load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt], device
     )
+    told: Encoder = encode
+    if frames is not None:
+        told = tell_first_frames(encode, folder, layout, frames, video.frames, str(device))
     network, optimizer = run.prepare(network, _adamw(network, recipe), grpo.max_grad_norm)
     policy = FlowPolicy(
         network,
-        encode,
-        latent_shape(folder, video.frames, video.height, video.width),
+        told,
+        free_shape(latent_shape(folder, video.frames, video.height, video.width), way),
         recipe.sampling,
         lora_off(network) if grpo.beta > 0 else None,
         keep_means=grpo.ratio == "norm",
         agree=run.agree,
+        complete=put_first if way == "kept" else None,
     )
 
     geometry = Scenes(lgm, video.judged_at_once, run.agree)
@@ -146,7 +158,7 @@ def _video(
         motion.update(measure_base_motion(base, geometry, prompts, video.motion_samples, grpo.seed, run))
     if motion and "camera_motion_floor" in rewards:
         rewards["camera_motion_floor"] = floor_of(motion, video.motion_kept)
-    return Parts(network, policy, geometry, rewards, batches(prompts, run, paths), optimizer, run)
+    return Parts(network, policy, geometry, rewards, batches(prompts, run, paths, frames), optimizer, run)
 
 
 def _rewards_of(recipe: Recipe, run: Run, chosen: Callable[[], dict[str, RewardFn]]) -> dict[str, RewardFn]:
@@ -178,12 +190,24 @@ def chosen_rewards(
     return {name: known[name] for name in weights}
 
 
-def batches(prompts: Sequence[str], run: Run, cameras: Tensor | None = None) -> Iterator[Condition]:
-    """The prompts, with their paths `[N T 4 4]`, over and over, a global batch at a time: the same on every rank."""
+def batches(
+    prompts: Sequence[str], run: Run, cameras: Tensor | None = None, frames: Tensor | None = None
+) -> Iterator[Condition]:
+    """The prompts, with their paths `[N T 4 4]` and first frames `[N 3 H W]`, over and over, a global batch at a time:
+    the same on every rank."""
     endless = itertools.cycle(range(len(prompts)))
     while True:
         chosen = list(itertools.islice(endless, run.num_prompts))
-        yield Condition([prompts[n] for n in chosen], camera=None if cameras is None else cameras[chosen])
+        first_frame, camera = (None if x is None else x[chosen] for x in (frames, cameras))
+        yield Condition([prompts[n] for n in chosen], first_frame, camera)
+
+
+def trainable_times(cfg: SamplingConfig) -> Float[Tensor, " steps"]:
+    """Flow times of all the steps that the window can come to."""
+    window = cfg.window
+    last = cfg.num_steps - 1 if window.stop is None else window.stop
+    end = window.start + window.size if window.kind == "fixed" else last
+    return time_grid(cfg.num_steps, cfg.shift)[window.start : end]
 
 
 def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -178,6 +178,12 @@ class VideoConfig:
     """Wan folder in diffusers layout."""
     lora: LoraSize = LoraSize()
     """What is trained of its transformer."""
+    lora_on: Literal["high", "low", "both"] = "high"
+    """Of two transformers (Wan2.2-A14B): which have LoRA. They must be those that the window's steps ask."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the transformer is held and computes. Sampling, LoRA's weights, times and norms are fp32 in any case."""
+    first_frames: str | None = None
+    """safetensors with "frames" [N 3 height width], RGB in [0, 1], the first frame of each prompt's video."""
     geometry: str = "assets/tiny-geometry"
     """The geometry model whose tail the latent geometry model uses."""
     lgm: str = "assets/tiny-lgm"
@@ -223,6 +229,10 @@ class VideoConfig:
             _require(side >= 16 and side % 16 == 0, f"{name} must be a multiple of 16, got {side}")
         _require(min(self.max_len, self.judged_at_once) >= 1, "max_len and judged_at_once must be >= 1")
         _require(self.motion_samples >= 0, f"motion_samples must be >= 0, got {self.motion_samples}")
+        _require(
+            self.motion_samples == 0 or self.first_frames is None,
+            "motion_samples measures prompts alone: leave it 0 where there are first_frames",
+        )
         _require(self.motion_kept > 0, f"motion_kept must be > 0, got {self.motion_kept:g}")
         _require(self.sample_every >= 0 and self.sample_prompts >= 1, "sample_every must be >= 0, sample_prompts >= 1")
 

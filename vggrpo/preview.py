@@ -17,8 +17,12 @@ def preview(recipe: Recipe, video: VideoConfig, policy: FlowPolicy, folder: Path
 
     All ranks call it, for the network may be in parts; only those that `writes` decode.
     """
-    prompts = read_prompts(video.prompts)[: video.sample_prompts]
-    z0 = policy.sample(Condition(prompts), Streams(recipe.grpo.seed, -1))
+    prompts, frames = read_prompts(video.prompts), None
+    if video.first_frames is not None:
+        from vggrpo.policy.first_frame import read_first_frames
+
+        frames = read_first_frames(video.first_frames, prompts, video.height, video.width)
+    z0 = policy.sample(Condition(prompts, frames)[: video.sample_prompts], Streams(recipe.grpo.seed, -1))
     if not writes:
         return
     from diffusers import AutoencoderKLWan

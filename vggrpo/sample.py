@@ -25,7 +25,7 @@ from rewards import DEFAULT, ESTIMATED, PAPER
 from vggrpo.animate import check_animation
 from vggrpo.grpo import group_advantage
 from vggrpo.guidance import guided
-from vggrpo.policy.flow_policy import Encoder
+from vggrpo.policy.flow_policy import TextEncoder
 from vggrpo.sampler import draw, normal, time_grid
 from vggrpo.types import Condition, Streams
 
@@ -108,7 +108,7 @@ class Models(NamedTuple):
 
     network: nn.Module
     """A `flow_policy.Network`."""
-    encode: Encoder
+    encode: TextEncoder
     lgm: LatentGeometryModel
     latent_shape: tuple[int, ...]
     grid: Float[Tensor, " times"]

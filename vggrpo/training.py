@@ -135,10 +135,12 @@ class Training:
     def _export(self, weights: dict[str, Tensor], where: str) -> None:
         from vggrpo.policy.lora import save_lora
 
-        own = {name.removeprefix("transformer."): value for name, value in weights.items()}
-        folder = self.session.folder / where
-        folder.mkdir(exist_ok=True)
-        save_lora(self.bare.transformer, folder, own)
+        for part, transformer in self.bare.transformers().items():
+            if getattr(transformer, "peft_config", None):
+                own = {name.removeprefix(f"{part}."): x for name, x in weights.items() if name.startswith(f"{part}.")}
+                folder = self.session.folder / where / ("" if part == "transformer" else part)
+                folder.mkdir(exist_ok=True, parents=True)
+                save_lora(transformer, folder, own)
 
     def _polled(self, reward: RewardFn) -> RewardFn:
         """The same reward, before which ranks agree whether to stop; one that is asked early is not held up."""

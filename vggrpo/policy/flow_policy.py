@@ -9,10 +9,12 @@ which others share its rank or micro-batch.
 """
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,10 +28,16 @@ from vggrpo.guidance import classifier_free
 from vggrpo.memory import Agree, OutOfMemory, agreed, halved
 from vggrpo.types import Condition, Replay, Rollout, Shift, Streams
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(z_t [n *latent], t [n] in [0, 1], cond [n ...]) -> v [n *latent]."""
-Encoder = Callable[[Condition], Tensor]
-"""B conditions -> [B ...], whatever the network reads: cached prompt embeddings, for one."""
+Told = Tensor | tuple[Tensor, ...]
+"""What a network reads of n conditions: [n ...], or several of that; prompt embeddings and first frames, for two."""
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+"""(z_t [n *latent], t [n] in [0, 1], told [n ...]) -> v [n *latent]."""
+Encoder = Callable[[Condition], Told]
+"""B conditions -> what the network reads of them."""
+TextEncoder = Callable[[Condition], Tensor]
+"""B conditions -> embeddings of their prompts, [B tokens channels]."""
+Complete = Callable[[Told, Latent], Latent]
+"""(told [n ...], z0 [n *latent] of the policy) -> z0 [n *whole], with what was given and not sampled."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,8 @@ class FlowTrajectory:
     states: Float[Tensor, "N n *latent"]
     means: Float[Tensor, "S n *latent"] | None
     """Of the Gaussian steps, fp32; only for RatioNorm."""
-    cond: Tensor
-    negative: Tensor
+    cond: Told
+    negative: Told
 
 
 class FlowPolicy:
@@ -56,21 +64,28 @@ class FlowPolicy:
         reference: Network | None = None,
         keep_means: bool = False,
         agree: Agree = bool,
+        complete: Complete | None = None,
     ) -> None:
         """A policy over `network`, which stays the caller's: prepare it for the launch first.
 
         Args:
             network: the velocity that is trained, called as a `Network`.
             encode: turns conditions into what `network` reads; the negative prompt passes through it too.
-            latent_shape: of one video, such as (C, L, h, w).
+            latent_shape: of what is sampled of one video, such as (C, L, h, w).
             cfg: grid, window, noise, guidance, micro-batches.
             reference: what KL is measured against, `frozen_copy(network)` or `lora_off(network)`. None: KL is 0.
             keep_means: remember each step's mean, one more fp32 latent per step; RatioNorm needs it.
             agree: asked after every micro-batch of a rollout (`Run.agree`).
+            complete: puts what was given, such as a first frame, to what was sampled. States, log-probabilities and
+                KL have the sampled part alone.
         """
         self.network, self.reference = network, reference
         self.encode, self.latent_shape = encode, tuple(latent_shape)
         self.cfg, self.keep_means, self.agree = cfg, keep_means, agree
+        self.complete: Complete = complete or (lambda told, z0: z0)
+        modules = network.modules() if isinstance(network, nn.Module) else ()  # a reference is a function
+        by_block = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+        self._recompute = cfg.gradient_checkpointing and not by_block  # one that recomputes its blocks does so itself
         self.micro_batch = cfg.micro_batch
         self.grid = sampler.time_grid(cfg.num_steps, cfg.shift)
         self.sde = sde_step(cfg.sde)
@@ -96,20 +111,20 @@ class FlowPolicy:
         B, K, cfg = len(cond), group_size, self.cfg
         steps = cfg.window.steps(generator.iteration, cfg.num_steps)
         streams = [generator.member(b, k) for b in range(B) for k in range(K)]
-        c, negative = self.encode(cond), self.encode(Condition(prompt=[cfg.negative_prompt] * B))
-        to_videos = torch.arange(B, device=c.device).repeat_interleave(K)
+        c, negative = self._told(cond)
+        to_videos = torch.arange(B, device=_device(c)).repeat_interleave(K)
 
         if cfg.share_noise:  # one sample per group until the window begins
             z = self._to_window([generator.group(b) for b in range(B)], c, negative, steps)[to_videos]
         else:
-            z = self._to_window(streams, c[to_videos], negative[to_videos], steps)
-        c, negative = c[to_videos], negative[to_videos]
+            z = self._to_window(streams, rows(c, to_videos), rows(negative, to_videos), steps)
+        c, negative = rows(c, to_videos), rows(negative, to_videos)
 
         means: list[Tensor] = []
 
         def walk(part: slice) -> sampler.Trajectory:
             return sampler.rollout(
-                self._velocity(self.network, c[part], negative[part]),
+                self._velocity(self.network, rows(c, part), rows(negative, part)),
                 z[part],
                 self.grid[steps.start :],
                 range(len(steps)),
@@ -127,16 +142,21 @@ class FlowPolicy:
             cond=c,
             negative=negative,
         )
-        z0 = torch.cat([walk.z0 for walk in walks]).view(B, K, *self.latent_shape)
+        z0 = self.complete(c, torch.cat([walk.z0 for walk in walks])).unflatten(0, (B, K))
         return Rollout(cond, z0, torch.cat([walk.log_prob for walk in walks]).view(B, K, len(steps)), trajectory)
 
     @torch.no_grad()
     def sample(self, cond: Condition, generator: Streams) -> Float[Tensor, "B *latent"]:
         """One video for each of B conditions, by the ODE alone."""
-        B = len(cond)
-        c, negative = self.encode(cond), self.encode(Condition(prompt=[self.cfg.negative_prompt] * B))
+        c, negative = self._told(cond)
         whole = range(self.cfg.num_steps, self.cfg.num_steps)
-        return self._to_window([generator.member(b, 0) for b in range(B)], c, negative, whole)
+        streams = [generator.member(b, 0) for b in range(len(cond))]
+        return self.complete(c, self._to_window(streams, c, negative, whole))
+
+    def _told(self, cond: Condition) -> tuple[Told, Told]:
+        """What the network reads of these conditions, and of them under the negative prompt."""
+        negative = dataclasses.replace(cond, prompt=[self.cfg.negative_prompt] * len(cond))
+        return self.encode(cond), self.encode(negative)
 
     def replay(self, rollout: Rollout) -> Iterator[Replay]:
         """Every trained step, `micro_batch` videos at a time, in the rollout's own chunks."""
@@ -162,15 +182,15 @@ class FlowPolicy:
     def _step(self, network: Network, notes: FlowTrajectory, i: int, part: slice, training: bool = False) -> Gaussian:
         t, t_next = self.grid[notes.steps[i]], self.grid[notes.steps[i] + 1]
         z_t = notes.states[i, part].float()
-        if training and self.cfg.gradient_checkpointing:
+        if training and self._recompute:
             network = _checkpointed(network)
-        v = self._velocity(network, notes.cond[part], notes.negative[part])(z_t, t)
+        v = self._velocity(network, rows(notes.cond, part), rows(notes.negative, part))(z_t, t)
         return self.sde(z_t, v, t, t_next, self.cfg.noise)
 
-    def _velocity(self, network: Network, cond: Tensor, negative: Tensor) -> Velocity:
+    def _velocity(self, network: Network, cond: Told, negative: Told) -> Velocity:
         """Guided; both branches of guidance are one batch."""
         scale = self.cfg.guidance_scale
-        c = negative if scale == 0 else cond if scale == 1 else torch.cat([negative, cond])
+        c = negative if scale == 0 else cond if scale == 1 else _joined(negative, cond)
 
         def evaluated(z_t: Latent, t: Time) -> Latent:
             return network(z_t, torch.full((len(z_t),), float(t), device=z_t.device), c)
@@ -181,13 +201,13 @@ class FlowPolicy:
 
         return evaluated if scale in (0, 1) else guided
 
-    def _to_window(self, streams: Sequence[torch.Generator], c: Tensor, negative: Tensor, steps: range) -> Tensor:
+    def _to_window(self, streams: Sequence[torch.Generator], c: Told, negative: Told, steps: range) -> Tensor:
         """Noise from `streams`, walked along the ODE to where the window begins."""
-        z = sampler.normal((len(streams), *self.latent_shape), streams).to(c.device)
+        z = sampler.normal((len(streams), *self.latent_shape), streams).to(_device(c))
         grid = self.grid[: steps.start + 1]
 
         def walk(part: slice) -> Tensor:
-            return sampler.ode_sample(self._velocity(self.network, c[part], negative[part]), z[part], grid)
+            return sampler.ode_sample(self._velocity(self.network, rows(c, part), rows(negative, part)), z[part], grid)
 
         return torch.cat([agreed(partial(walk, part), self.agree) for part in self.chunks(len(z))])
 
@@ -229,7 +249,7 @@ def lora_off(network: nn.Module) -> Network:
     if not layers:
         raise ValueError("lora_off: the network has no LoRA layers; use frozen_copy, or add the adapters first")
 
-    def reference(z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def reference(z_t: Tensor, t: Tensor, cond: Told) -> Tensor:
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -242,8 +262,23 @@ def lora_off(network: nn.Module) -> Network:
     return reference
 
 
+def rows(told: Told, which: slice | Tensor) -> Told:
+    """What is told of some of the videos."""
+    return told[which] if isinstance(told, Tensor) else tuple(part[which] for part in told)
+
+
+def _joined(a: Told, b: Told) -> Told:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.cat([a, b])  # type: ignore[list-item]
+    return tuple(torch.cat(pair) for pair in zip(a, b, strict=True))
+
+
+def _device(told: Told) -> torch.device:
+    return told.device if isinstance(told, Tensor) else told[0].device
+
+
 def _checkpointed(network: Network) -> Network:
-    def recomputed(z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def recomputed(z_t: Tensor, t: Tensor, cond: Told) -> Tensor:
         v: Tensor = checkpoint(network, z_t, t, cond, use_reentrant=False)
         return v
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vggrpo.config import LoraSize
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-"""What LoRA updates: the projections of self- and cross-attention."""
 WEIGHTS, COMFYUI = "pytorch_lora_weights.safetensors", "comfyui.safetensors"
 NATIVE = {
     "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
@@ -28,10 +27,36 @@ NATIVE = {
 """diffusers' names within a block, and Wan's own."""
 
 
+def lora_targets(transformer: nn.Module) -> list[str]:
+    """What LoRA updates: the linear maps of self- and cross-attention that are there, those to an image included.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {
+        name
+        for attention in transformer.modules()
+        if isinstance(attention, WanAttention)
+        for name, part in attention.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    if not found:
+        raise ValueError(f"{type(transformer).__name__} has no attention of Wan's to give LoRA to: is it a Wan?")
+    return sorted(found)
+
+
 def add_lora(transformer: WanTransformer3DModel, size: LoraSize) -> None:
-    """Freeze a transformer and give its attention low-rank updates, which start at 0."""
+    """Freeze a transformer and give its attention low-rank updates, which start at 0 and are fp32 in bf16 models, too.
+
+    Raises:
+        ValueError: from `lora_targets`.
+    """
+    targets = lora_targets(transformer)
     transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=TARGETS))
+    transformer.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=targets))
+    for weight in transformer.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:

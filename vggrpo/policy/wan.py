@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -19,7 +19,7 @@ from vggrpo.bootstrap.assets import sha256
 from vggrpo.bootstrap.text import TextStage, encode_prompts
 from vggrpo.bootstrap.vae import encode, normalise
 from vggrpo.data import Encoders
-from vggrpo.policy.flow_policy import Encoder
+from vggrpo.policy.flow_policy import TextEncoder
 from vggrpo.types import Condition
 
 TIMESTEPS = 1000.0
@@ -29,16 +29,19 @@ AT_ONCE = 4
 
 def wan_velocity(
     transformer: WanTransformer3DModel,
-    z_t: Float[Tensor, "B C L h w"],
-    t: Float[Tensor, " B"],
-    text: Float[Tensor, "prompts tokens channels"],
+    z_t: Float[Tensor, "B D L h w"],
+    t: Float[Tensor, " B"] | Float[Tensor, "B tokens"],
+    text: Float[Tensor, "prompts words channels"],
+    image: Float[Tensor, "prompts patches width"] | None = None,
 ) -> Float[Tensor, "B C L h w"]:
-    """v = eps - z0 as the network predicts it, at flow times t in [0, 1] of each latent; 1 is noise.
+    """v = eps - z0 as the network predicts it, at flow times t in [0, 1] of each latent or token; 1 is noise.
 
-    `text` has a row for each latent; with `PromptAttention` it may have one for each prompt.
+    `text` and `image`, CLIP's view of a first frame, have a row for each latent; with `PromptAttention` they may have
+    one for each prompt. The network computes in its own dtype; times stay in that of z_t, and v comes back in it.
     """
-    v: Tensor = transformer(z_t, (TIMESTEPS * t).to(z_t), text, return_dict=False)[0]
-    return v
+    inner = [x if x is None else x.to(transformer.dtype) for x in (z_t, text, image)]
+    v: Tensor = transformer(inner[0], (TIMESTEPS * t).to(z_t), inner[1], inner[2], return_dict=False)[0]
+    return v.to(z_t)
 
 
 class PromptAttention(WanAttnProcessor):
@@ -63,27 +66,88 @@ class PromptAttention(WanAttnProcessor):
 
 
 class WanVelocity(nn.Module):
-    """A Wan transformer as a `flow_policy.Network`: what is prepared for a launch, and called through it."""
+    """A Wan transformer as a `flow_policy.Network`: what is prepared for a launch, and called through it.
 
-    def __init__(self, transformer: WanTransformer3DModel) -> None:
+    What it is told is the text alone, or (text, first frame's latents), or (text, channels of the first frame), or
+    (text, channels, CLIP's view): see `first_frame`. Latents in flight lack a first frame that is given.
+    """
+
+    def __init__(
+        self,
+        transformer: WanTransformer3DModel,
+        per_token: bool = False,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary: float | None = None,
+    ) -> None:
+        """A velocity of one transformer, or of two.
+
+        Args:
+            transformer: the only one, or the one that is asked at flow times from `boundary` on.
+            per_token: every token has a time of its own, as in Wan2.2-TI2V-5B; a first frame that is given has 0.
+            transformer_2: the one that is asked at flow times below `boundary` (Wan2.2-A14B).
+            boundary: see `transformer`.
+        """
         super().__init__()
-        self.transformer = transformer
-        for block in transformer.blocks:
+        assert (transformer_2 is None) == (boundary is None)
+        self.transformer, self.transformer_2 = transformer, transformer_2
+        self.per_token, self.boundary = per_token, boundary
+        for block in (block for one in self.transformers().values() for block in one.blocks):
             block.attn2.set_processor(PromptAttention())
 
+    def transformers(self) -> dict[str, WanTransformer3DModel]:
+        """All there are, by their folders in a pipeline."""
+        both = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: one for name, one in both.items() if one is not None}
+
+    def at(self, t: Float[Tensor, " n"]) -> WanTransformer3DModel:
+        """The transformer that is asked at these flow times.
+
+        Raises:
+            ValueError: times on both sides of the boundary.
+        """
+        if self.transformer_2 is None or self.boundary is None:
+            return self.transformer
+        high = TIMESTEPS * t >= self.boundary * TIMESTEPS
+        if high.any() and not high.all():
+            raise ValueError(f"flow times on both sides of the boundary {self.boundary:g} in one batch: ask for each")
+        return self.transformer if high.all() else self.transformer_2
+
     def forward(
-        self, z_t: Float[Tensor, "n C L h w"], t: Float[Tensor, " n"], text: Float[Tensor, "n tokens channels"]
+        self, z_t: Float[Tensor, "n C L h w"], t: Float[Tensor, " n"], told: Tensor | tuple[Tensor, ...]
     ) -> Float[Tensor, "n C L h w"]:
         """v at flow times t in [0, 1]."""
-        return wan_velocity(self.transformer, z_t, t, prompts_in(text))
+        text, frame, image = (*((told,) if isinstance(told, Tensor) else told), None, None)[:3]
+        assert text is not None
+        first = first_rows(text) if image is None else first_rows(text, image)
+        text, image = text[first], None if image is None else image[first]
+        if self.per_token:
+            return self._by_token(z_t, t, text, frame)
+        z_t = z_t if frame is None else torch.cat([z_t, frame.to(z_t)], dim=1)
+        return wan_velocity(self.at(t), z_t, t, text, image)
+
+    def _by_token(self, z_t: Tensor, t: Tensor, text: Tensor, frame: Tensor | None) -> Tensor:
+        """Behind the first frame at time 0, if there is one."""
+        given = 0 if frame is None else frame.shape[2]
+        whole = z_t if frame is None else torch.cat([frame.to(z_t), z_t], dim=2)
+        _, down, across = self.transformer.config.patch_size
+        tokens = whole.shape[3] // down * (whole.shape[4] // across)
+        times = t[:, None].repeat(1, whole.shape[2] * tokens)
+        times[:, : given * tokens] = 0
+        return wan_velocity(self.at(t), whole, times, text)[:, :, given:]
 
 
 def prompts_in(text: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "prompts tokens channels"]:
     """Each prompt once, where every prompt stands in equally many rows, one after the other; else all rows."""
-    begins = torch.cat([text.new_ones(1, dtype=torch.bool), (text[1:] != text[:-1]).flatten(1).any(1)])
-    first = begins.nonzero()[:, 0]
-    rows = len(text) // len(first)
-    return text[first] if torch.equal(first, rows * torch.arange(len(first), device=first.device)) else text
+    return text[first_rows(text)]
+
+
+def first_rows(*told: Float[Tensor, "n _ _"]) -> Int64[Tensor, " prompts"]:
+    """Where each prompt begins, if every prompt stands in equally many rows, one after the other; else all rows."""
+    n, device = len(told[0]), told[0].device
+    changes = torch.stack([(x[1:] != x[:-1]).flatten(1).any(1) for x in told]).any(0)
+    first = torch.cat([changes.new_ones(1), changes]).nonzero()[:, 0]
+    equal = torch.equal(first, n // len(first) * torch.arange(len(first), device=device))
+    return first if equal else torch.arange(n, device=device)
 
 
 def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -120,7 +184,7 @@ def own_shift(folder: Path) -> float:
     return float(shift)
 
 
-def cached_prompts(encoders: Encoders, prompts: Sequence[str], device: torch.device | str = "cpu") -> Encoder:
+def cached_prompts(encoders: Encoders, prompts: Sequence[str], device: torch.device | str = "cpu") -> TextEncoder:
     """The embeddings of these prompts, so that the encoder can go; no other can be asked for.
 
     They are kept on the CPU, and handed out on `device`.

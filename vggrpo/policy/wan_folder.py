@@ -1,0 +1,158 @@
+"""A Wan folder as diffusers writes it: which of the Wan models it holds, and its velocity.
+
+Wan2.1-T2V          one transformer, text alone        Wan2.2-T2V-A14B    two, at high and at low noise
+Wan2.1-I2V          and channels, and CLIP's view      Wan2.2-I2V-A14B    two, and channels
+Wan2.2-TI2V-5B      a time for each token; with or without a first frame, which is kept
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.config import LoraSize
+from vggrpo.policy.first_frame import Way, load_sight, with_first_frames
+from vggrpo.policy.flow_policy import Encoder, TextEncoder
+from vggrpo.policy.lora import add_lora
+from vggrpo.policy.wan import WanVelocity
+
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+LoraOn = Literal["high", "low", "both"]
+
+
+class Layout(NamedTuple):
+    """What model_index.json and the configurations of the parts say."""
+
+    per_token: bool
+    """Every token has a time of its own."""
+    boundary: float | None
+    """Flow time from which on `transformer` is asked, and below which `transformer_2`."""
+    way: Way | None
+    """How it is told of a first frame; None: not at all. One that keeps it also goes without."""
+    sight: bool
+    """It reads CLIP's view of the first frame."""
+
+    def told(self, given: bool) -> Way | None:
+        """How it is told of first frames, if they are given.
+
+        Raises:
+            ValueError: the model cannot be told of them, or cannot go without.
+        """
+        if given and self.way is None:
+            raise ValueError("video.first_frames is given, but the model takes prompts alone: leave it out")
+        if not given and self.way == "channels":
+            raise ValueError("the model makes videos of a first frame: set video.first_frames")
+        return self.way if given else None
+
+
+def read_layout(folder: Path) -> Layout:
+    """Which Wan this is.
+
+    Raises:
+        ValueError: no such folder, one that is no Wan in diffusers layout, or parts that do not go together.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}: if this is a hub id, fetch it first where there is a network "
+            f"(hf download {folder} --local-dir DIR) and give DIR"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder} has no model_index.json: it must be a Wan pipeline in diffusers layout, as the repositories are "
+            "whose names end in -Diffusers"
+        )
+    index = _read(folder / "model_index.json")
+    if index.get("_class_name") not in PIPELINES:
+        raise ValueError(f"{folder} is a {index.get('_class_name')}: it must be one of {', '.join(PIPELINES)}")
+    transformer, vae = (_read(folder / part / "config.json") for part in ("transformer", "vae"))
+    given, latent = transformer["in_channels"], vae["z_dim"]
+    per_token = bool(index.get("expand_timesteps"))
+    made, channels = transformer.get("out_channels") or given, 4 + 2 * latent
+    if made != latent or given not in (latent, channels):
+        raise ValueError(
+            f"{folder}: the VAE has latents of {latent} channels, the transformer takes {given} and gives {made}: it "
+            f"must take {latent}, or {channels} with a first frame, and give {latent}; these are parts of two models"
+        )
+    boundary = index.get("boundary_ratio")
+    if (boundary is not None) != (folder / "transformer_2").is_dir():
+        raise ValueError(
+            f"{folder}: model_index.json says boundary_ratio {boundary}, and there is "
+            f"{'no' if boundary is not None else 'a'} transformer_2/: a model of two transformers needs both"
+        )
+    way: Way | None = "channels" if given == channels else "kept" if per_token else None
+    return Layout(per_token, boundary, way, transformer.get("image_dim") is not None)
+
+
+def load_velocity(folder: Path, dtype: torch.dtype = torch.float32) -> WanVelocity:
+    """The transformers of a Wan folder; in bf16, embeddings of time, norms and modulation stay in fp32.
+
+    Raises:
+        ValueError: from `read_layout`.
+    """
+    layout = read_layout(folder)
+    high = _transformer(folder / "transformer", dtype)
+    low = None if layout.boundary is None else _transformer(folder / "transformer_2", dtype)
+    return WanVelocity(high, layout.per_token, low, layout.boundary)
+
+
+def tell_first_frames(
+    texts: TextEncoder,
+    folder: Path,
+    layout: Layout,
+    first_frames: Float[Tensor, "N 3 H W"],
+    frames: int,
+    device: str,
+) -> Encoder:
+    """What `texts` tells and these first frames, encoded here, so that VAE and image encoder can go."""
+    assert layout.way is not None
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32)
+    sight = load_sight(folder, device) if layout.sight else None
+    return with_first_frames(texts, layout.way, vae.eval().to(device), frames, sight, first_frames)
+
+
+def adapt(network: WanVelocity, size: LoraSize, on: LoraOn, times: Float[Tensor, " steps"], num_processes: int) -> None:
+    """Freeze all transformers, and give LoRA to those that are `on`; `times` are the flow times of all steps that may
+    be trained.
+
+    Raises:
+        ValueError: a step would be trained on a transformer without LoRA, or LoRA never be trained; or two are trained
+            by several processes, whose gradients would not be complete in every backward pass.
+    """
+    parts = network.transformers()
+    network.requires_grad_(False)
+    if len(parts) == 1:
+        add_lora(network.transformer, size)
+        return
+    asked = {"high" if network.at(t[None]) is network.transformer else "low" for t in times}
+    needed = "both" if len(asked) == 2 else asked.pop()
+    if on != needed:
+        raise ValueError(
+            f"video.lora_on is {on}, but the steps of sampling.window lie on the side {needed} of the boundary "
+            f"{network.boundary:g}: set video.lora_on={needed}, or move the window"
+        )
+    if on == "both" and num_processes > 1:
+        raise ValueError(
+            f"video.lora_on=both needs one process, got {num_processes}: a backward pass reaches one transformer; "
+            "set sampling.window to one side of the boundary"
+        )
+    for name, side in (("transformer", "high"), ("transformer_2", "low")):
+        if on in (side, "both"):
+            add_lora(parts[name], size)
+
+
+def _transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent.parent} has no {path.parent.name}/{path.name}: it is not whole")
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return found
