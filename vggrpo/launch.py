@@ -44,6 +44,8 @@ def start(wanted: LaunchConfig, *, cpu: bool = False) -> Accelerator:
     """
     handlers = []
     on_cpu = cpu or not torch.accelerator.is_available()
+    if on_cpu:  # where it is installed, DeepSpeed would look for more, and say so on stdout
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     if deepspeed:
         if importlib.util.find_spec("deepspeed") is None:
