@@ -119,6 +119,7 @@ def test_two_processes_by_the_shorthand_train_as_one_does(alone, tmp_path):
         assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_process_does(alone, tmp_path):
     """Two launchers on this machine, each with its own rank, stand in for two machines."""
     where = ["--accelerate", "multi_node", "--main_process_port", port()]
