@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vggrpo.average import follow, start_average
@@ -93,6 +94,9 @@ class Training:
         self.keep()
         if self.main and self.history:
             print(shares(self.history))
+        if run.accelerator.num_processes > 1:  # ranks part together: threads of gloo must not outlive the interpreter
+            run.accelerator.wait_for_everyone()
+            torch.distributed.destroy_process_group()
         return status
 
     def keep(self) -> None:
