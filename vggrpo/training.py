@@ -1,5 +1,6 @@
 """`vggrpo train`: a run from its first iteration, or from where it was left, with all that is kept of it."""
 
+import atexit
 import itertools
 import math
 import os
@@ -94,9 +95,9 @@ class Training:
         self.keep()
         if self.main and self.history:
             print(shares(self.history))
-        if run.accelerator.num_processes > 1:  # ranks part together: threads of gloo must not outlive the interpreter
+        if run.accelerator.num_processes > 1:
             run.accelerator.wait_for_everyone()
-            torch.distributed.destroy_process_group()
+            atexit.register(_part)
         return status
 
     def keep(self) -> None:
@@ -164,3 +165,9 @@ class Training:
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+def _part() -> None:
+    """Threads of a process group must not outlive the interpreter: a rank that had finished could crash of them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
