@@ -2,7 +2,7 @@
 # make demo   trains the embedded model for MINUTES (6) from a new SEED, then judges it on held-out prompts; runs/demo-SEED
 # make lint   ruff + mypy                                       make bench  the hot paths, timed
 # make test-slow   the shipped models' numbers, measured again
-# make assets   trains every shipped model from nothing, in some five hours on one CPU core; `RESUME=1` goes on after a stop
+# make assets   trains every shipped model from nothing, in some six hours on one CPU core; `RESUME=1` goes on after a stop
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

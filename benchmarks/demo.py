@@ -1,6 +1,6 @@
 """What each reward sees, and what it does not: a few clips, every way to spoil them, and the scores of both.
 
-    python -m benchmarks.demo --out runs/demo        # half a minute on one core
+    python -m benchmarks.demo --out runs/rewards     # half a minute on one core
 
 Leaves in the folder: an mp4 a fault (the true clips above, the spoilt ones and their depth below), contact_sheet.png
 and scores.json.
