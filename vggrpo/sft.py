@@ -1,7 +1,7 @@
 """Ordinary finetuning of a video model on clips: flow matching on cached latents, resumable to the bit.
 
 Every step draws from a generator of its own, seeded by the run's seed and the step, so that nothing but weights, their
-average, Adam's moments and the step has to be kept.
+average, the optimiser's moments and the step has to be kept.
 """
 
 import time
@@ -20,12 +20,15 @@ from torch import Tensor
 from vggrpo.bootstrap.training import Training, load_training, save_training
 from vggrpo.data import Encoded, encode_clips
 from vggrpo.flow import interpolate
+from vggrpo.muon import MuonAdamW
 from vggrpo.policy.lora import add_lora, save_lora
 from vggrpo.policy.wan import load_encoders, wan_velocity
 from vggrpo.sft_config import MAY_CHANGE, SftRecipe, WanSize
 
 BUCKETS = 5
 """Equal parts of [0, 1] that the held-out loss is reported for."""
+BETAS = (0.9, 0.95)
+"""Of AdamW."""
 
 
 def new_transformer(size: WanSize, channels: int, text_dim: int) -> WanTransformer3DModel:
@@ -86,9 +89,7 @@ def start_sft(recipe: SftRecipe, data: Encoded) -> Training:
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer = transformer.to(recipe.device)
-    trained = [weight for weight in transformer.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
-    training = Training(transformer, optimizer)
+    training = Training(transformer, _optimizer(transformer, recipe))
     load_training(_checkpoint(recipe), training, asdict(recipe), MAY_CHANGE)
     return training
 
@@ -106,7 +107,7 @@ def train_sft(training: Training, recipe: SftRecipe, data: Encoded, held_out: En
 
 
 def sft_step(training: Training, recipe: SftRecipe, data: Encoded) -> float:
-    """One step of AdamW on one batch, and one of the average; the loss before it."""
+    """One step of the optimiser on one batch, and one of the average; the loss before it."""
     rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + training.step)
     rows = torch.randint(len(data.z0), (recipe.batch,), generator=rng)
     t = draw_times(recipe.batch, recipe.shift, rng)
@@ -117,12 +118,17 @@ def sft_step(training: Training, recipe: SftRecipe, data: Encoded) -> float:
     loss = flow_loss(training, recipe, data.z0[rows], eps, t, text)
     if recipe.channel_weights is not None:
         weights = loss.new_tensor(recipe.channel_weights)
+        loss = loss * (weights / weights.mean())[:, None]
+    if recipe.first_weight != 1:
+        weights = torch.ones_like(loss[0, 0])
+        weights[0] = recipe.first_weight
         loss = loss * (weights / weights.mean())
     loss = loss.mean()
     training.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([weight for _, weight in training.trained()], recipe.max_grad_norm)
-    training.optimizer.param_groups[0]["lr"] = recipe.lr * rate(training.step, recipe)
+    for group in training.optimizer.param_groups:
+        group["lr"] = recipe.lr * rate(training.step, recipe)
     training.optimizer.step()
     training.update_average(recipe.average)
     return loss.item()
@@ -147,13 +153,13 @@ def flow_loss(
     eps: Float[Tensor, "B C L h w"],
     t: Float[Tensor, " B"],
     text: Float[Tensor, "B tokens channels"],
-) -> Float[Tensor, "B C"]:
-    """Mean squared error of the velocity, v = eps - z0 (`flow.py`), of each clip and channel."""
+) -> Float[Tensor, "B C L"]:
+    """Mean squared error of the velocity, v = eps - z0 (`flow.py`), of each clip, channel and latent frame."""
     z0, eps, t, text = (x.to(recipe.device) for x in (z0, eps, t, text))
     z_t = interpolate(z0, eps, t.view(-1, 1, 1, 1, 1))
     with torch.autocast(z0.device.type, torch.bfloat16, enabled=recipe.bf16):
         v = wan_velocity(training.network, z_t, t, text)
-    return F.mse_loss(v.float(), eps - z0, reduction="none").mean((2, 3, 4))
+    return F.mse_loss(v.float(), eps - z0, reduction="none").mean((3, 4))
 
 
 @torch.no_grad()
@@ -180,7 +186,7 @@ def measure_sft(training: Training, recipe: SftRecipe, held_out: Encoded) -> dic
                 ).cpu()
                 for bucket in range(BUCKETS)
             ]
-        ).mean((1, 2))
+        ).mean((1, 2, 3))
         for text in (held_out.text, held_out.text.roll(1, 0))
     ]
     training.swap_average()
@@ -202,6 +208,13 @@ def save_result(training: Training, recipe: SftRecipe) -> Path:
         save_lora(typing.cast(WanTransformer3DModel, training.network), out)
     training.swap_average()
     return out
+
+
+def _optimizer(transformer: WanTransformer3DModel, recipe: SftRecipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "muon":
+        return MuonAdamW(transformer, recipe.lr, BETAS, recipe.weight_decay)
+    trained = [weight for weight in transformer.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, recipe.lr, BETAS, weight_decay=recipe.weight_decay)
 
 
 def _checkpoint(recipe: SftRecipe) -> Path:

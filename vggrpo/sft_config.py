@@ -1,6 +1,7 @@
 """All that decides an ordinary finetuning, read from `launch/recipes/sft/lora.yaml`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vggrpo.config import LoraSize
 from vggrpo.data import DataConfig
@@ -51,16 +52,20 @@ class SftRecipe:
     """Of the times: t = shift u / (1 + (shift - 1) u), u uniform; Wan samples with 3 (480p) or 5 (720p)."""
     channel_weights: list[float] | None = None
     """Of the latents' channels in the loss; equal by default. The best velocity is the same whatever they are."""
+    first_weight: float = 1.0
+    """Of the first latent frame in the loss, which is one video frame; the others, of four frames each, have 1."""
     drop_caption: float = 0.1
     """Share of clips that are told the negative prompt, for classifier-free guidance."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon, for the matrices of the blocks (`vggrpo/muon.py`), trains from nothing in a fraction of AdamW's steps."""
     lr: float = 5e-4
-    """Of AdamW (betas .9, .95), between warm-up and cool-down."""
+    """Of the optimiser (AdamW's betas are .9 and .95), between warm-up and cool-down."""
     warmup: int = 100
     """Steps over which the learning rate rises."""
     cooldown: float = 0.0
     """Share of the steps, the last ones, over which it falls to 0 in a line."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Decoupled."""
     average: float = 0.999
     """Decay of the weights' running average, which is what is measured and saved."""
     max_grad_norm: float = 1.0
@@ -80,6 +85,8 @@ class SftRecipe:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not self.shift > 0 or not self.lr > 0 or not self.max_grad_norm > 0:
             raise ValueError("shift, lr and max_grad_norm must be > 0")
+        if not self.first_weight > 0:
+            raise ValueError(f"first_weight must be > 0, got {self.first_weight:g}")
         if not 0 <= self.drop_caption < 1 or not 0 <= self.average < 1:
             raise ValueError("drop_caption and average must be in [0, 1)")
         if not 0 <= self.cooldown <= 1:

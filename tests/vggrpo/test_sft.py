@@ -186,10 +186,23 @@ def test_a_channel_counts_by_its_weight(recipe, data, monkeypatch):
     weighted = sft_step(start_sft(recipe, data), replace(recipe, channel_weights=[6.0, 1.0, 0.5, 0.5]), data)
     assert torch.equal(*seen), "the same batch"
     assert plain == pytest.approx(seen[0].mean().item())
-    assert weighted == pytest.approx((seen[0] @ torch.tensor([3.0, 0.5, 0.25, 0.25])).mean().item() / 4)
+    assert weighted == pytest.approx((seen[0].mean(2) @ torch.tensor([3.0, 0.5, 0.25, 0.25])).mean().item() / 4)
     assert measure_sft(start_sft(recipe, data), recipe, data) == measure_sft(
         start_sft(recipe, data), replace(recipe, channel_weights=[6.0, 1.0, 0.5, 0.5]), data
     ), "what is reported can be compared"
+
+
+def test_the_first_latent_frame_counts_by_its_weight(recipe, data, monkeypatch):
+    seen = []
+
+    def spy(*args):
+        seen.append(flow_loss(*args))
+        return seen[-1]
+
+    monkeypatch.setattr("vggrpo.sft.flow_loss", spy)
+    weighted = sft_step(start_sft(recipe, data), replace(recipe, first_weight=3.0), data)
+    first, second = seen[0].mean((0, 1)).tolist()
+    assert weighted == pytest.approx((1.5 * first + 0.5 * second) / 2)
 
 
 def test_a_dropped_caption_is_the_negative_prompt(recipe, data, monkeypatch):
@@ -207,8 +220,10 @@ def test_a_dropped_caption_is_the_negative_prompt(recipe, data, monkeypatch):
     assert 0.35 < share < 0.65
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("lora", [None, LoraSize(rank=4, alpha=8)])
-def test_a_resumed_run_is_the_uninterrupted_one(recipe, data, folder, lora, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, data, folder, lora, optimizer, tmp_path):
+    recipe = replace(recipe, optimizer=optimizer)
     if lora is not None:
         recipe = replace(recipe, model=str(folder), new=None, lora=lora)
         data = replace(data, z0=data.z0.repeat(1, 4, 1, 1, 1))

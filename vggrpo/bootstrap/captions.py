@@ -10,7 +10,8 @@ from vggrpo.bootstrap.footage import kind_of, scene_of
 
 FRAMES, SIZE = 17, (64, 64)
 HELD_OUT = 7
-"""Each scene keeps one in so many of the camera's commands for tests: `seeds_of`."""
+"""Each scene keeps one in so many of the camera's commands, with their pace, for tests: `seeds_of`."""
+PACES = ("none", "slowly", "steadily", "fast")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def draw_captions(seeds: Sequence[int], scenes: int | None = None) -> list[Capti
         scene = None if scenes is None else scene_of(seed, scenes)
         take = draw_take(seed, FRAMES, SIZE, kind_of(seed)[0], None, 0.0, 1.0, scene)
         words, moving = take.caption.split(), [body for body in take.scene.bodies if body.going]
-        pace = next((word for word in ("slowly", "steadily", "fast") if word in words), "none")
+        pace = next((word for word in PACES if word in words), "none")
         facts = {
             "camera": take.move.motion,
             "direction": str(take.move.side),
@@ -51,8 +52,8 @@ def seeds_of(first: int, count: int, scenes: int | None = None, unseen: bool = F
     """The first `count` seeds from `first` on whose clips are for training, or (`unseen`) for nothing but tests.
 
     Without `scenes` every seed is as good as another. With them each scene has one in `HELD_OUT` of the camera's
-    commands (motion and side) for tests, other scenes others: the model knows the scene and knows the command, and has
-    never seen them together.
+    commands (motion, side and pace) for tests, other scenes others: of that caption the model has seen the scene, and
+    the scene at another pace or from another way, and never the clip.
     """
     if scenes is None:
         return list(range(first, first + count))
@@ -63,4 +64,4 @@ def seeds_of(first: int, count: int, scenes: int | None = None, unseen: bool = F
 def _held_out(seed: int, scenes: int) -> bool:
     facts = draw_captions([seed], scenes)[0].facts
     command = 2 * MOTIONS.index(facts["camera"]) + (facts["direction"] == "1")
-    return (scene_of(seed, scenes) + command) % HELD_OUT == 0
+    return (scene_of(seed, scenes) + len(PACES) * command + PACES.index(facts["pace"])) % HELD_OUT == 0

@@ -111,9 +111,9 @@ def _known(scenes: int | None) -> str:
         return ""
     return f"""
 **It knows {2 * scenes} scenes**, {scenes} with and {scenes} without moving bodies, each from many camera paths: a model
-of this size does not learn to invent new ones in hours of a CPU. One in {HELD_OUT} of the camera's commands (motion and
-side) of every scene was kept out of training, other ones in other scenes; held-out captions have those. Prompts that it
-can follow are in [prompts](../prompts/train.txt).
+of this size does not learn to invent new ones in hours of a CPU. One in {HELD_OUT} of the camera's commands (motion,
+side and pace) of every scene was kept out of training, other ones in other scenes; held-out captions are of those.
+Prompts that it can follow are in [prompts](../prompts/train.txt).
 """
 
 

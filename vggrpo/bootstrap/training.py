@@ -1,4 +1,4 @@
-"""A training between two steps, in one file: the trained weights, their running average, Adam's moments, the curve."""
+"""A training between two steps, in one file: the trained weights, their running average, the moments, the curve."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from vggrpo.bootstrap.assets import load_tensors, save_tensors
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What AdamW and Muon keep of a weight."""
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -20,7 +23,7 @@ class Training(Generic[Network]):
     """All that a training is between two steps, with only the weights that require a gradient."""
 
     network: Network
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     average: dict[str, Tensor] = field(default_factory=dict)
     """Running average of each trained weight, by name."""
     step: int = 0
@@ -120,9 +123,6 @@ def _restore(path: Path, training: Training[Any], recipe: dict[str, Any], may_ch
     for name, weight in training.trained():
         weight.copy_(tensors[f"weight.{name}"])
         training.average[name] = tensors[f"average.{name}"].to(weight)
-        if f"exp_avg.{name}" in tensors:
-            moments[weight] = {
-                "step": tensors[f"step.{name}"],
-                "exp_avg": tensors[f"exp_avg.{name}"].to(weight),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(weight),
-            }
+        found = {key: tensors[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in tensors}
+        if found:
+            moments[weight] = {key: tensor if key == "step" else tensor.to(weight) for key, tensor in found.items()}
