@@ -31,12 +31,14 @@ class MuonAdamW(torch.optim.Optimizer):
         for name, weight in network.named_parameters():
             if weight.requires_grad:
                 (matrices if weight.ndim == 2 and "blocks." in name else others).append(weight)
-        if not matrices or not others:
-            raise ValueError("Muon is for the matrices of a transformer's blocks beside other weights: use adamw here")
-        muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay)
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
-        self._parts = (muon, adamw)
+        if not matrices:
+            raise ValueError("Muon is for the matrices of a transformer's blocks, and there are none: use adamw here")
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        ]
+        if others:  # not with LoRA, where all is in blocks
+            self._parts.append(torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
         for part, group in zip(self._parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 

@@ -173,18 +173,19 @@ def test_the_worlds_clips_come_with_their_captions(tmp_path):
 
 
 def test_training_never_sees_what_is_kept_for_tests():
-    """Of each scene some commands are kept; the model knows both, and never together."""
-    sizes = {"scenes": 6, "num_clips": 300}
+    """Of each scene some commands, with their pace, are kept; the model knows all parts of such a caption."""
+    sizes = {"scenes": 6, "num_clips": 600}
     known, kept = DataConfig(**sizes), DataConfig(first_seed=10_000, unseen=True, **sizes)
 
     def told(config):
         captions = draw_captions(config.seeds, 6)
-        return {(c.facts["camera"], c.facts["direction"], c.text.partition("There are")[2]) for c in captions}
+        ways = ("camera", "direction", "pace")
+        return {(*(c.facts[way] for way in ways), c.text.partition("There are")[2]) for c in captions}
 
     seen, unseen = told(known), told(kept)
     assert not seen & unseen
-    assert {scene for _, _, scene in seen} == {scene for _, _, scene in unseen}
-    assert {command[:2] for command in unseen} <= {command[:2] for command in seen}
+    assert {scene for *_, scene in seen} == {scene for *_, scene in unseen}
+    assert {command[:3] for command in unseen} <= {command[:3] for command in seen}
     assert len({command[:1] for command in unseen}) >= 8
     leaked = told(replace(kept, unseen=False))
     assert leaked & seen, "control: other seeds alone would keep nothing apart"

@@ -12,20 +12,30 @@ from diffusers import WanPipeline
 
 from vggrpo.bootstrap import generator
 from vggrpo.bootstrap.assets import read_card
+from vggrpo.bootstrap.captions import seeds_of
 from vggrpo.bootstrap.footage import render_footage
-from vggrpo.bootstrap.generator import FILES, GeneratorRecipe, load_generator, publish_generator
+from vggrpo.bootstrap.generator import (
+    FILES,
+    PROMPTS,
+    GeneratorRecipe,
+    load_generator,
+    publish_generator,
+    write_prompts,
+)
 from vggrpo.bootstrap.generator_eval import (
     Sampling,
     commands,
     decoded,
     evaluate_generator,
+    held_out_seeds,
+    load_reader,
     recovered,
     sample_latents,
     sharpness,
 )
 from vggrpo.bootstrap.text import build_encoder, build_tokenizer
 from vggrpo.bootstrap.vae import build_vae
-from vggrpo.data import Encoded
+from vggrpo.data import Encoded, read_prompts
 from vggrpo.recipe import read_recipe
 from vggrpo.sft import start_sft, train_sft
 from vggrpo.sft_config import LoraSize, SftRecipe, WanSize
@@ -47,7 +57,8 @@ def recipe(tmp_path_factory):
     build_encoder(len(tokenizer), 32, 1).save_pretrained(folder / "text_encoder")
     build_vae(8).save_pretrained(folder / "vae")
     training = SftRecipe(str(folder / "run"), str(folder), new=TINY, max_len=12, num_steps=3, batch=2, average=0.5)
-    return GeneratorRecipe(asset=str(folder), training=training, sampling=PLAIN, num_samples=4)
+    prompts = str(tmp_path_factory.mktemp("prompts"))
+    return GeneratorRecipe(asset=str(folder), training=training, sampling=PLAIN, num_samples=4, prompts=prompts)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +144,25 @@ def test_the_card_tells_what_was_measured(published, recipe):
     assert "(seeds 0 to 1023)" in text
     assert "missed" in text
     assert f"**{card['held_out']['sharpness']:.2f}**" in text
+
+
+def test_prompts_are_training_captions_and_others_of_moving_cameras(tmp_path):
+    training, held_out = seeds_of(0, 512, 4), held_out_seeds(512, 4)
+    write_prompts(tmp_path, training, held_out, 4)
+    told, kept = (read_prompts(tmp_path / f"{name}.txt") for name in PROMPTS)
+    assert (len(set(told)), len(set(kept))) == (len(told), len(kept)) == (PROMPTS["train"], PROMPTS["held_out"])
+    known = set(commands(training, 4)[0])
+    assert known >= set(told)
+    assert not known & set(kept)
+    assert not any("stands still" in prompt for prompt in told + kept)
+    assert any("stands still" in caption for caption in known), "the control: there are such captions"
+
+
+def test_the_shipped_prompts_are_those_that_the_generator_can_follow(tmp_path):
+    data = read_recipe(GeneratorRecipe, RECIPE).training.data
+    write_prompts(tmp_path, data.seeds[:1024], held_out_seeds(512, data.scenes), data.scenes)
+    for name in PROMPTS:
+        assert (tmp_path / f"{name}.txt").read_text() == (ROOT / f"assets/prompts/{name}.txt").read_text()
 
 
 def test_a_perfect_reader_of_perfect_samples_scores_1_and_controls_do_not():
@@ -236,6 +266,22 @@ def test_the_shipped_generator_is_small_and_what_its_card_describes():
     card = read_card(ASSET)
     assert read_recipe(GeneratorRecipe, RECIPE) == read_recipe_of(card)
     assert (ASSET / "transformer/diffusion_pytorch_model.safetensors").stat().st_size <= 10 * 2**20
+
+
+@pytest.mark.slow
+def test_the_shipped_numbers_hold_for_other_noise_and_captions():
+    """Other held-out seeds than the card's: within sampling error of its numbers, far above both controls."""
+    card = read_card(ASSET)
+    recipe = read_recipe_of(card)
+    first = int(torch.randint(50_000_000, 2**31, ()))
+    print("first seed", first)
+    pipe, reader = load_generator(ASSET), load_reader(ROOT / "assets/tiny-referee")
+    how = replace(recipe.sampling, seed=first)
+    found = evaluate_generator(pipe, reader, 32, how, recipe.training.data.scenes, first)
+    assert abs(found["sharpness"] - card["held_out"]["sharpness"]) < 0.15
+    assert abs(found["verb"] - card["held_out"]["verb"]) < 0.25  # three standard errors of 32 captions
+    assert found["verb"] > found["controls"]["other captions"] + 0.2
+    assert found["verb"] > found["controls"]["unconditional"] + 0.2
 
 
 def read_recipe_of(card):
