@@ -45,11 +45,11 @@ SMALL = {"num_iterations": 2, "num_prompts": 2, "group_size": 4}
 """Upper limits of what a recipe asks for."""
 
 
-def stand_in(recipe: Recipe, name: str) -> list[str]:
+def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
     """Build what a recipe needs, unless it is there, and say what is to be changed in it, as `section.key=value`.
 
     Args:
-        name: of the recipe, which names the folder of the run.
+        path: of the recipe, which names the folder of the run.
 
     Raises:
         ValueError: a recipe without a video model, or of one that is not published under the name of its folder.
@@ -66,7 +66,7 @@ def stand_in(recipe: Recipe, name: str) -> list[str]:
         _build(folder, published, read_prompts(video.prompts))
     limits = {key: min(value, getattr(recipe.grpo, key)) for key, value in SMALL.items()}
     return [
-        f"out={FOLDER / name}",
+        f"out={FOLDER / Path(path).stem}",
         *(f"video.{part}={folder / place}" for part, place in (("model", "wan"), ("geometry", "geometry"), ("lgm", "lgm"))),
         *(f"video.{key}={value}" for key, value in _size(video).items()),
         *(f"grpo.{key}={value}" for key, value in limits.items()),
