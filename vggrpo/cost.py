@@ -17,8 +17,8 @@ Bytes at the peak, which is a replayed micro-batch with its graph:
     frozen weights 4 each, or in bf16 2, but for time embedding and norms; trained weights, which are fp32, 16 each
         (weight, gradient, two moments), 20 with an average
     saved for the backward pass, per video and block:
-        fp32   4 (N (14 d + f) + 3 m d)                               a map with LoRA keeps what it reads in fp32: in bf16
-        bf16   4 (12 N d + 3 m d) + 2 (N (6 d + f) + 2 m d)           models that is a copy for each of the eight
+        fp32   4 (N (14 d + f) + 3 m d)
+        bf16   4 (12 N d + 3 m d) + 2 (N (6 d + f) + 2 m d)           a map with LoRA keeps an fp32 copy of its input
         both   4 (N (6 r + 9 + 2 heads) + 2 m r)                      low ranks, norms
         and 32 N d where every token has a time of its own
     or N d alone, and one block, with checkpointing

@@ -4,7 +4,7 @@ Timesteps of 0 to 1000 exist only here.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
