@@ -5,6 +5,8 @@ A compiled block is another one with and without gradients, so that the ratio be
 """
 
 import difflib
+from collections.abc import Callable
+from typing import Any
 
 from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -34,11 +36,11 @@ def choose_attention(network: WanVelocity, backend: str) -> None:
             raise ValueError(f"video.attention is {backend}: {str(error).splitlines()[0]}") from None
 
 
-def compile_blocks(network: WanVelocity, backend: str = "inductor") -> None:
+def compile_blocks(network: WanVelocity, backend: str | Callable[..., Any] = "inductor") -> None:
     """torch.compile for every block, in place; once they have their LoRA. All of them share what is compiled.
 
     Args:
-        backend: of torch.compile.
+        backend: of torch.compile, by name or as it is.
     """
     for transformer in network.transformers().values():
         transformer.compile_repeated_blocks(backend=backend)
