@@ -67,7 +67,10 @@ def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
     limits = {key: min(value, getattr(recipe.grpo, key)) for key, value in SMALL.items()}
     return [
         f"out={FOLDER / Path(path).stem}",
-        *(f"video.{part}={folder / place}" for part, place in (("model", "wan"), ("geometry", "geometry"), ("lgm", "lgm"))),
+        *(
+            f"video.{part}={folder / place}"
+            for part, place in (("model", "wan"), ("geometry", "geometry"), ("lgm", "lgm"))
+        ),
         *(f"video.{key}={value}" for key, value in _size(video).items()),
         *(f"grpo.{key}={value}" for key, value in limits.items()),
     ]
@@ -115,7 +118,10 @@ def save_lgm(folder: Path, vae: Path, seed: int = 0) -> None:
     save_tensors(made / MODEL, {name: x.contiguous() for name, x in net.state_dict().items()})
     save_json(made / CONFIG, asdict(GEOMETRY))
     _card(made, [MODEL, CONFIG])
-    _card(vae, [path.name for path in vae.iterdir() if path.suffix in (".json", ".safetensors") and path.name != "card.json"])
+    _card(
+        vae,
+        [path.name for path in vae.iterdir() if path.suffix in (".json", ".safetensors") and path.name != "card.json"],
+    )
     config = AutoencoderKLWan.load_config(vae)
     stride = config["scale_factor_spatial"]
     latent = LatentSpec(

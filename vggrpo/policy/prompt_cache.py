@@ -1,10 +1,10 @@
-"""Embeddings of prompts on disk, so that a text encoder of five billion parameters is loaded once and not at every start.
+"""Embeddings of prompts on disk: a text encoder of five billion parameters is loaded once, and not at every start.
 
     CACHE/prompts/<sha256>.safetensors    the tokens of one prompt [n channels], in the encoder's dtype
     CACHE/files/<sha256>.json             sha256 of a file of a folder, by its path, size and time of change
 
-The name of the first is made of the encoder's and tokenizer's files (their sha256, not their names), the encoder's dtype,
-the prompt and the number of tokens it is cut at. Files are whole or not there, so that several processes may write them.
+The name of the first is made of the encoder's and tokenizer's files (their sha256, not their names), the encoder's
+dtype, the prompt and the number of tokens it is cut at. Files are whole or not there: several processes may write them.
 """
 
 import hashlib
