@@ -144,7 +144,7 @@ def _seconds(
         rate = _rate(shape, device)
         total = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
         return total / rate, f"{rate / 1e9:,.0f} G operations/s, as measured in one product"
-    one, two = (_measured(config, n, video, latent, micro, shape.sharing, device) for n in (1, 2))
+    one, two = (_measured(config, n, video, latent, micro, shape, device) for n in (1, 2))
     forward, backward = (a + (shape.layers - 1) * max(b - a, 0.0) for a, b in zip(one, two, strict=True))
     again = counts.replay * forward if sampling.gradient_checkpointing else 0.0
     plain = counts.rollout + counts.reference
@@ -157,22 +157,22 @@ def _measured(
     video: VideoConfig,
     latent: tuple[int, ...],
     micro: int,
-    sharing: int,
+    shape: Shape,
     device: str,
 ) -> tuple[float, float]:
     """Seconds per video: a forward pass without a graph, and one with its backward pass."""
     from diffusers import WanTransformer3DModel
 
     from vggrpo.policy.lora import add_lora
-    from vggrpo.policy.wan import WanVelocity
+    from vggrpo.policy.wan import WanVelocity, in_dtype
 
     transformer = WanTransformer3DModel.from_config(config | {"num_layers": layers})
-    add_lora(transformer, video.lora)
-    network: nn.Module = WanVelocity(transformer).to(device)
+    add_lora(in_dtype(transformer, _dtype(shape)), video.lora)
+    network: nn.Module = WanVelocity(transformer, shape.per_token).to(device)
     z = torch.randn(micro, *latent, device=device)
-    text = torch.randn(micro // sharing, video.max_len, config["text_dim"], device=device)
+    text = torch.randn(micro // shape.sharing, video.max_len, config["text_dim"], device=device)
     t = torch.full((micro,), 0.5, device=device)
-    rows = text.repeat_interleave(sharing, 0)
+    rows = text.repeat_interleave(shape.sharing, 0)
 
     def forward() -> None:
         with torch.no_grad():
@@ -186,9 +186,13 @@ def _measured(
 
 def _rate(shape: Shape, device: str) -> float:
     """Operations a second in a product of the feed-forward layer's size, on at most 4096 tokens."""
-    a = torch.randn(min(shape.N, 4096), shape.d, device=device)
-    b = torch.randn(shape.d, shape.f, device=device)
+    a = torch.randn(min(shape.N, 4096), shape.d, device=device, dtype=_dtype(shape))
+    b = torch.randn(shape.d, shape.f, device=device, dtype=_dtype(shape))
     return 2 * a.shape[0] * math.prod(b.shape) / _fastest(lambda: a @ b)
+
+
+def _dtype(shape: Shape) -> torch.dtype:
+    return torch.bfloat16 if shape.half else torch.float32
 
 
 def _fastest(call: Callable[[], object], times: int = 4) -> float:

@@ -16,7 +16,7 @@ from vggrpo.config import GrpoConfig, LoraSize, SamplingConfig
 from vggrpo.cost import Shape, backward_flops, evaluations, forward_flops, iteration_flops, peak_bytes, saved_bytes
 from vggrpo.plan import share
 from vggrpo.policy.lora import add_lora
-from vggrpo.policy.wan import WanVelocity, wan_velocity
+from vggrpo.policy.wan import WanVelocity, in_dtype, wan_velocity
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window
 
@@ -102,11 +102,11 @@ def test_saved_bytes_are_those_that_autograd_keeps(made, half, per_token):
 
 
 def in_bf16(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    """As `from_pretrained` holds it: times, norms and modulation stay in fp32, and so does LoRA."""
-    found = copy.deepcopy(transformer)
+    """A copy; LoRA stays in fp32."""
+    found = in_dtype(copy.deepcopy(transformer), torch.bfloat16)
     for name, weight in found.named_parameters():
-        if "lora_" not in name and not any(part in name for part in transformer._keep_in_fp32_modules):
-            weight.data = weight.data.bfloat16()
+        if "lora_" in name:
+            weight.data = weight.data.float()
     return found
 
 
@@ -175,6 +175,23 @@ def test_a_plan_says_what_there_is_and_what_a_rank_does(capsys):
     seconds = re.search(r"time +([0-9.e+-]+) s an iteration on cpu", said)
     assert seconds is not None
     assert 0 < float(seconds.group(1)) < 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_are_measured_in_the_recipe_s_precision(dtype, capsys, monkeypatch):
+    seen: set[torch.dtype] = set()
+    real = WanVelocity.forward
+
+    def forward(self, z_t, t, told):
+        weights = self.transformer.blocks[0].attn1.to_q
+        seen.add(weights.base_layer.weight.dtype)
+        assert weights.lora_A["default"].weight.dtype == torch.float32
+        return real(self, z_t, t, told)
+
+    monkeypatch.setattr(WanVelocity, "forward", forward)
+    assert cli.main(["plan", TINY, "--no-step", f"video.dtype={dtype}"]) == 0
+    assert "blocks were measured" in capsys.readouterr().out
+    assert seen == {getattr(torch, dtype)}
 
 
 def test_a_plan_makes_one_step_and_leaves_nothing(capsys, tmp_path):

@@ -21,7 +21,7 @@ from vggrpo.config import LoraSize, SamplingConfig
 from vggrpo.policy.first_frame import WORDS, free_shape, kept_latents, load_sight, put_first, with_first_frames
 from vggrpo.policy.flow_policy import FlowPolicy, Network, lora_off
 from vggrpo.policy.lora import add_lora, lora_targets
-from vggrpo.policy.wan import WanVelocity, latent_shape, load_encoders
+from vggrpo.policy.wan import WanVelocity, in_dtype, latent_shape, load_encoders
 from vggrpo.policy.wan_folder import Layout, adapt, load_velocity, read_layout
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window, draw, normal
@@ -416,3 +416,10 @@ def test_first_frames_that_do_not_fit_are_refused_in_one_line(wan21, tmp_path, m
         built(wan21, tmp_path, monkeypatch, frames=255 * both_frames())
     with pytest.raises(ValueError, match="cannot read first frames from"):
         built(wan21, tmp_path, monkeypatch, "video.first_frames=none.safetensors")
+
+
+def test_a_network_that_was_not_loaded_has_the_precision_of_one_that_was(wan21):
+    loaded, made = load_velocity(wan21, torch.bfloat16).transformer, in_dtype(transformer(), torch.bfloat16)
+    expected = {name: weight.dtype for name, weight in loaded.named_parameters()}
+    assert {name: weight.dtype for name, weight in made.named_parameters()} == expected
+    assert set(expected.values()) == {torch.float32, torch.bfloat16}

@@ -134,6 +134,14 @@ class WanVelocity(nn.Module):
         return wan_velocity(self.at(t), whole, times, text)[:, :, given:]
 
 
+def in_dtype(transformer: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
+    """One that was not loaded, in this dtype as `from_pretrained` holds it: times, norms and modulation keep theirs."""
+    for name, weight in transformer.named_parameters():
+        if not any(part in name for part in transformer._keep_in_fp32_modules):
+            weight.data = weight.data.to(dtype)
+    return transformer
+
+
 def prompts_in(text: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "prompts tokens channels"]:
     """Each prompt once, where every prompt stands in equally many rows, one after the other; else all rows."""
     return text[first_rows(text)]
