@@ -22,6 +22,7 @@ Bytes at the peak, which is a replayed micro-batch with its graph:
         both   4 (N (6 r + 9 + 2 heads) + 2 m r)                      low ranks, norms
         and 32 N d where every token has a time of its own
     or N d alone, and one block, with checkpointing
+    what all blocks are told of times that are each token's own, 7 N d
     states of the trained steps, (S + 1) n latents; z0, and the reference's velocity in flight
 What the allocator wastes and what libraries hold is not in it, nor is the latent geometry model's own working memory.
 """
@@ -182,6 +183,8 @@ def peak_bytes(
         frozen = HALF * shape.num_frozen + (FLOAT - HALF) * shape.num_whole
     weights = frozen + FLOAT * (5 if averaged else 4) * shape.num_trained
     graph = micro * twice * saved_bytes(shape, checkpointing=sampling.gradient_checkpointing)
+    if shape.per_token:
+        graph += micro * twice * 7 * shape.N * shape.d * (HALF if shape.half else FLOAT)
     return weights + graph + kept + 3 * FLOAT * num_videos * size
 
 

@@ -15,11 +15,6 @@ WAN22_VAE = {
     "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
 }  # fmt: skip
 """16 x 16 pixels and 4 frames to a latent of 48 numbers. Its means and deviations are not here: they cost nothing."""
-UMT5_XXL = {
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-"""The text encoder of all of them."""
 
 
 @dataclass(frozen=True)
