@@ -135,7 +135,7 @@ def dit(case: Case, on: Machine) -> list[str]:
     """How much of what the machine can do, the transformer's forward pass does."""
     network = WanVelocity(transformer_of(case, on.device, on.dtype), case.published.per_token)
     z, t, text = _asked(case, on, 1)
-    shape = _shape(case, network, on, per_row=1)
+    shape = _shape(case, network, on, 0)
     with torch.no_grad():
         seconds = on.seconds(lambda: network(z, t, text))
     side = 256 if case.tiny else 8192
@@ -205,7 +205,7 @@ def memory(case: Case, on: Machine) -> list[str]:
     held = sum(x.numel() * x.element_size() for x in network.parameters())
     held += sum(x.numel() * x.element_size() for x in (rollout.z0, rollout.trajectory.states))
     found = on.peak(update, held)
-    shape = _shape(case, network, on, per_row=1)
+    shape = _shape(case, network, on, RANK)
     expected = peak_bytes(shape, sampling, case.latent, GROUP, averaged=False) / MIB
     return [
         "| update's peak | measured | planned | measured / planned |",
@@ -292,10 +292,10 @@ def _asked(case: Case, on: Machine, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return z, torch.full((n,), 0.5, device=on.device), text
 
 
-def _shape(case: Case, network: nn.Module, on: Machine, per_row: int) -> Shape:
+def _shape(case: Case, network: nn.Module, on: Machine, rank: int) -> Shape:
     config: Any = network.transformer.config  # type: ignore[union-attr]
     return Shape.of(
-        config, case.latent, case.words[0], RANK, per_row,
+        config, case.latent, case.words[0], rank,
         per_token=case.published.per_token, half=on.dtype == torch.bfloat16,
     )  # fmt: skip
 

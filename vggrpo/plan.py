@@ -35,6 +35,8 @@ def planned(recipe: Recipe, *, rate: float | None = None) -> list[str]:
     Raises:
         ValueError: a file that is missing, a reward that is not known, a batch that the processes cannot share.
     """
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--rate must be > 0, in 10^12 operations a second, got {rate / 1e12:g}")
     mine, ranks = _share(recipe), _ranks(recipe)
     b, k = mine.prompts.stop - mine.prompts.start, mine.members.stop - mine.members.start
     grpo, sampling = recipe.grpo, recipe.sampling

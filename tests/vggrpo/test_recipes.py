@@ -137,9 +137,24 @@ def test_what_has_no_stand_in_is_refused_in_one_line(capsys):
         assert what in said
 
 
+def test_a_plan_makes_a_step_with_stand_ins(capsys, tmp_path):
+    assert cli.main(["plan", FAST, "--tiny-random", "video.motion_samples=0", f"video.prompt_cache={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "9x32x64, latents 16x3x4x8: 24 tokens" in said
+    assert re.search(r"measured +ratio error, step 1 +0.0e\+00", said)
+    assert "PROBLEM" not in said
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_a_rate_that_cannot_be_is_refused_in_one_line(rate, capsys):
+    assert cli.main(["plan", FAST, "--no-step", f"--rate={rate}"]) == 2
+    assert "vggrpo: --rate must be > 0" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_here_is_planned_by_its_name_alone(capsys):
     assert cli.main(["plan", FAST, "--no-step", "video.model=models/Wan3"]) == 2
-    assert "models/Wan3 has no vae/config.json" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "models/Wan3" in said
     assert cli.main(["plan", FAST, "--rate", "400"]) == 2  # the plan is printed, but there is nothing to step with
     assert "there is no folder models/Wan2.1-T2V-1.3B-Diffusers" in capsys.readouterr().err
 
