@@ -14,25 +14,19 @@ Hours on one machine say nothing of another: hardware and versions stand above t
 """
 
 import argparse
-import gc
 import itertools
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from benchmarks.full_models import CASES, Case, lgm_of, tiny, transformer_of, vae_of
-from benchmarks.rewards import peak_megabytes
-from benchmarks.world import machine
+from benchmarks.measure import MIB, Machine, watched
 from geometry.types import Geometry
 from rewards import DEFAULT, ESTIMATED
 from vggrpo.bootstrap.vae import decode, denormalise
@@ -47,61 +41,12 @@ from vggrpo.scenes import Scenes
 from vggrpo.trainer import replay_backward, train
 from vggrpo.types import Condition, Streams
 
-MIB = 2**20
 RANK = 32
 """Of the LoRA, the paper's."""
 STEPS = 10
 """From noise to data in training, the paper's."""
 GROUP = 2
 """Videos of an iteration, of one prompt."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it runs, and how it is measured."""
-
-    device: str
-    dtype: torch.dtype
-    repeats: int = 3
-
-    def wait(self) -> None:
-        """Until all that was asked for is done."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Median of some calls, after one that warms up."""
-        found = []
-        for _ in range(self.repeats + 1):
-            self.wait()
-            begin = time.perf_counter()
-            call()
-            self.wait()
-            found.append(time.perf_counter() - begin)
-        return median(found[1:])
-
-    def peak(self, call: Callable[[], None], held: int = 0) -> float:
-        """MiB that are allocated at most during a call: on a GPU of all, on a CPU the call's own above `held` bytes."""
-        if self.device != "cuda":
-            return held / MIB + peak_megabytes(call)
-        self.wait()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        self.wait()
-        return torch.cuda.max_memory_allocated() / MIB
-
-    def free(self) -> None:
-        """What nobody holds any more."""
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def __str__(self) -> str:
-        about = f"{machine()}, diffusers {diffusers.__version__}, {str(self.dtype).removeprefix('torch.')}"
-        if self.device != "cuda":
-            return about
-        card = torch.cuda.get_device_properties(0)
-        return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}; {about}"
 
 
 @torch.no_grad()
@@ -233,7 +178,7 @@ def _way(call: Callable[[], Tensor], module: nn.Module, on: Machine) -> Way:
         call()
 
     seconds, peak = on.seconds(once), on.peak(once)
-    with _watched(module, ("camera_head", "depth_head"), on) as heads:
+    with watched(module, ("camera_head", "depth_head"), on) as heads:
         call()
     return Way(seconds, peak, dict(heads))
 
@@ -242,29 +187,6 @@ def _row(name: str, way: Way, base: Way) -> str:
     parts = ", ".join(f"{part} {seconds / way.seconds:.0%}" for part, seconds in way.parts.items())
     gains = f"{base.seconds / way.seconds:.2f}", f"{way.mib / base.mib:.2f}"
     return f"| {name} | {way.seconds:.4g} | {gains[0]} | {way.mib:,.0f} | {gains[1]} | {parts} |"
-
-
-@contextmanager
-def _watched(module: nn.Module, names: Sequence[str], on: Machine) -> Iterator[dict[str, float]]:
-    """Seconds that calls of these parts of a module take."""
-    spent, begun, handles = dict.fromkeys(names, 0.0), dict[str, float](), []
-    for name in names:
-
-        def before(*_: Any, name: str = name) -> None:
-            on.wait()
-            begun[name] = time.perf_counter()
-
-        def after(*_: Any, name: str = name) -> None:
-            on.wait()
-            spent[name] += time.perf_counter() - begun[name]
-
-        part = module.get_submodule(name)
-        handles += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _policy(case: Case, on: Machine, sampling: SamplingConfig) -> tuple[FlowPolicy, nn.Module, Run, Any]:
