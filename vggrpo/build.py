@@ -100,11 +100,13 @@ def _video(
     weights: Mapping[str, Tensor] | None,
     allow_import: bool,
 ) -> Parts:
-    """A Wan with LoRA, judged by a latent geometry model. The text encoder does not stay, nor (but for rewards of
-    pixels) does the VAE."""
+    """A Wan with LoRA, judged by a latent geometry model. The text encoder goes before the transformer comes; the VAE
+    is loaded for first frames and rewards of pixels alone."""
     from vggrpo.data import read_prompts
     from vggrpo.policy.first_frame import free_shape, put_first, read_first_frames
-    from vggrpo.policy.wan import cached_prompts, latent_shape, load_encoders
+    from vggrpo.policy.kernels import choose_attention, compile_blocks
+    from vggrpo.policy.prompt_cache import prompt_encoder
+    from vggrpo.policy.wan import latent_shape
     from vggrpo.policy.wan_folder import adapt, load_velocity, read_layout, tell_first_frames
     from vggrpo.stitch.load import load_lgm
 
@@ -123,19 +125,29 @@ def _video(
     frames = None if video.first_frames is None else read_first_frames(video.first_frames, prompts, *size)
     way = layout.told(frames is not None)
     device = accelerator.device
+    with accelerator.local_main_process_first():  # the others find what it has encoded, and load no encoder
+        encode = prompt_encoder(
+            folder,
+            [*prompts, recipe.sampling.negative_prompt],
+            video.max_len,
+            cache=video.prompt_cache,
+            device=device,
+            dtype=getattr(torch, video.text_dtype),
+        )
     torch.manual_seed(grpo.seed)
     velocity = load_velocity(folder, getattr(torch, video.dtype))
     adapt(velocity, video.lora, video.lora_on, trainable_times(recipe.sampling), accelerator.num_processes)
     if recipe.sampling.gradient_checkpointing:
         for transformer in velocity.transformers().values():
             transformer.enable_gradient_checkpointing()
+    if video.attention is not None:
+        choose_attention(velocity, video.attention)
+    if video.compile:
+        compile_blocks(velocity)
     network: nn.Module = velocity.to(device)
     if weights is not None:
         restore_weights(network, weights)
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae").to(device)
-    encode = cached_prompts(
-        load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt], device
-    )
     told: Encoder = encode
     if frames is not None:
         told = tell_first_frames(encode, folder, layout, frames, video.frames, str(device))

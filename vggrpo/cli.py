@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     plan = commands.choices["plan"]
     plan.add_argument("--no-step", action="store_true", help="formulas only: the video model is not loaded")
-    plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step))
+    plan.add_argument("--rate", type=float, metavar="T", help="so many T operations/s; by default they are measured")
+    plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step, rate=args.rate))
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.add_argument(
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in LAUNCH_FLAGS:
         train.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
     train.set_defaults(run=_train)
+    for command in (train, plan, commands.choices["check"]):
+        command.add_argument("--tiny-random", action="store_true", help="with narrow stand-ins for its models")
     for command in (train, commands.choices["check"]):
         command.add_argument("--allow-import", action="store_true", help="run the code of the recipe's own rewards")
     commands.choices["check"].set_defaults(
@@ -59,7 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides += [word.removeprefix("--") for word in rest]
-    return _told(lambda: args.run(args))
+    return _told(lambda: args.run(_stood_in(args)))
+
+
+def _stood_in(args: argparse.Namespace) -> argparse.Namespace:
+    """With stand-ins for the models of the recipe, if they are asked for; what is said on top of it comes last."""
+    if getattr(args, "tiny_random", False):
+        from vggrpo.tiny_random import stand_in
+
+        args.overrides = [*stand_in(load_recipe(args.recipe, args.overrides), args.recipe), *args.overrides]
+    return args
 
 
 def _told(action: Callable[[], int]) -> int:
@@ -92,12 +104,12 @@ def check_recipe(path: str, overrides: Sequence[str], *, allow_import: bool = Fa
     return 1 if report.problems else 0
 
 
-def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True) -> int:
+def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True, rate: float | None = None) -> int:
     """What a recipe will cost, by formulas; then one iteration without its update, measured."""
     from vggrpo.plan import planned, share, stepped
 
     recipe = load_recipe(path, overrides)
-    print(*planned(recipe), sep="\n", flush=True)
+    print(*planned(recipe, rate=None if rate is None else rate * 1e12), sep="\n", flush=True)
     if not step:
         return 0
     lines, problems = stepped(share(recipe))

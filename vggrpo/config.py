@@ -182,6 +182,14 @@ class VideoConfig:
     """Of two transformers (Wan2.2-A14B): which have LoRA. They must be those that the window's steps ask."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the transformer is held and computes. Sampling, LoRA's weights, times and norms are fp32 in any case."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the text encoder computes; Wan's own takes 23 GB in float32, before training alone."""
+    prompt_cache: str | None = "runs/prompts"
+    """Folder where embeddings of prompts are kept, so that the next run loads no text encoder; null: nowhere."""
+    compile: bool = False
+    """torch.compile for the transformer's blocks, one by one: minutes at the start, less time after."""
+    attention: str | None = None
+    """What computes attention: a backend of diffusers', such as native, flash or sage; null: diffusers' own choice."""
     first_frames: str | None = None
     """safetensors with "frames" [N 3 height width], RGB in [0, 1], the first frame of each prompt's video."""
     geometry: str = "assets/tiny-geometry"

@@ -13,10 +13,16 @@ The backward pass multiplies by every weight once more to reach the LoRA further
 but not beneath the first block's q, k and v, nor into the text; it costs 2.5 times the attention, which is computed
 again, and twice the LoRA. Gradient checkpointing adds a forward pass.
 
-Bytes at the peak, which is a replayed micro-batch with its graph, in fp32:
-    frozen weights 4 each; trained weights 16 each (weight, gradient, two moments), 20 with an average
-    saved for the backward pass, floats per video and block:
-        N (14 d + f + 6 r + 9 + 2 heads) + m (3 d + 2 r)              or N d alone, and one block, with checkpointing
+Bytes at the peak, which is a replayed micro-batch with its graph:
+    frozen weights 4 each, or in bf16 2, but for time embedding and norms; trained weights, which are fp32, 16 each
+        (weight, gradient, two moments), 20 with an average
+    saved for the backward pass, per video and block:
+        fp32   4 (N (14 d + f) + 3 m d)
+        bf16   4 (12 N d + 3 m d) + 2 (N (6 d + f) + 2 m d)           a map with LoRA keeps an fp32 copy of its input
+        both   4 (N (6 r + 9 + 2 heads) + 2 m r)                      low ranks, norms
+        and 32 N d where every token has a time of its own
+    or N d alone, and one block, with checkpointing
+    what all blocks are told of times that are each token's own, 7 N d
     states of the trained steps, (S + 1) n latents; z0, and the reference's velocity in flight
 What the allocator wastes and what libraries hold is not in it, nor is the latent geometry model's own working memory.
 """
@@ -28,7 +34,7 @@ from typing import Any
 
 from vggrpo.config import GrpoConfig, SamplingConfig
 
-FLOAT = 4
+FLOAT, HALF = 4, 2
 """Bytes."""
 
 
@@ -50,9 +56,22 @@ class Shape:
     r: int
     sharing: int = 1
     """Videos that have one prompt, in a row, in a micro-batch."""
+    per_token: bool = False
+    """Every token has a time of its own (Wan2.2-TI2V-5B)."""
+    half: bool = False
+    """Held and computed in bf16."""
 
     @staticmethod
-    def of(config: Mapping[str, Any], latent: tuple[int, int, int, int], M: int, r: int, sharing: int = 1) -> "Shape":
+    def of(
+        config: Mapping[str, Any],
+        latent: tuple[int, int, int, int],
+        M: int,
+        r: int,
+        sharing: int = 1,
+        *,
+        per_token: bool = False,
+        half: bool = False,
+    ) -> "Shape":
         """From the transformer's config.json and (C, L, h, w)."""
         C, L, h, w = latent
         p = config["patch_size"]
@@ -62,7 +81,7 @@ class Shape:
         out = config.get("out_channels") or C
         return Shape(
             config["num_layers"], config["num_attention_heads"], d, config["ffn_dim"], config["text_dim"],
-            config["freq_dim"], C * volume, out * volume, N, M, r, sharing,
+            config["freq_dim"], C * volume, out * volume, N, M, r, sharing, per_token, half,
         )  # fmt: skip
 
     @property
@@ -80,6 +99,12 @@ class Shape:
         text = self.text_dim * d + d + d * d + d
         time = self.freq_dim * d + d + d * d + d + 6 * d * d + 6 * d
         return self.layers * block + ends + text + time
+
+    @property
+    def num_whole(self) -> int:
+        """Those of them that stay in fp32 in a bf16 model: time embedding, norm and modulation of every block."""
+        d = self.d
+        return self.layers * 8 * d + self.freq_dim * d + d + d * d + d + 2 * d
 
     @property
     def num_trained(self) -> int:
@@ -137,9 +162,12 @@ def iteration_flops(shape: Shape, counts: Counts, *, checkpointing: bool) -> flo
 def saved_bytes(shape: Shape, *, checkpointing: bool = False) -> int:
     """What a forward pass of one video keeps for its backward pass."""
     d, N, m, r = shape.d, shape.N, shape.m, shape.r
-    block = N * (14 * d + shape.f + 6 * r + 9 + 2 * shape.heads) + m * (3 * d + 2 * r)
-    floats = shape.layers * N * d + block if checkpointing else shape.layers * block
-    return FLOAT * round(floats + m * d)
+    wide = 12 * N * d + 3 * m * d if shape.half else N * (14 * d + shape.f) + 3 * m * d
+    narrow = N * (6 * d + shape.f) + 2 * m * d if shape.half else 0.0
+    wide += N * (6 * r + 9 + 2 * shape.heads) + 2 * m * r + (8 * N * d if shape.per_token else 0)
+    block = FLOAT * wide + HALF * narrow
+    between = (HALF if shape.half else FLOAT) * N * d
+    return round(shape.layers * between + block if checkpointing else shape.layers * block) + FLOAT * round(m * d)
 
 
 def peak_bytes(
@@ -150,8 +178,13 @@ def peak_bytes(
     twice = 1 if sampling.guidance_scale in (0, 1) else 2
     size = math.prod(latent)
     kept = (sampling.window.size + 1) * num_videos * size * (4 if sampling.storage == "float32" else 2)
-    weights = FLOAT * shape.num_frozen + FLOAT * (5 if averaged else 4) * shape.num_trained
+    frozen = FLOAT * shape.num_frozen
+    if shape.half:
+        frozen = HALF * shape.num_frozen + (FLOAT - HALF) * shape.num_whole
+    weights = frozen + FLOAT * (5 if averaged else 4) * shape.num_trained
     graph = micro * twice * saved_bytes(shape, checkpointing=sampling.gradient_checkpointing)
+    if shape.per_token:
+        graph += micro * twice * 7 * shape.N * shape.d * (HALF if shape.half else FLOAT)
     return weights + graph + kept + 3 * FLOAT * num_videos * size
 
 

@@ -26,12 +26,17 @@ LONG = 3e11
 """Operations of one block and micro-batch from which on it is not measured."""
 
 
-def planned(recipe: Recipe) -> list[str]:
+def planned(recipe: Recipe, *, rate: float | None = None) -> list[str]:
     """The plan, without a model's weights being read.
+
+    Args:
+        rate: operations a second that the machine is taken to make; by default they are measured here.
 
     Raises:
         ValueError: a file that is missing, a reward that is not known, a batch that the processes cannot share.
     """
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--rate must be > 0, in 10^12 operations a second, got {rate / 1e12:g}")
     mine, ranks = _share(recipe), _ranks(recipe)
     b, k = mine.prompts.stop - mine.prompts.start, mine.members.stop - mine.members.start
     grpo, sampling = recipe.grpo, recipe.sampling
@@ -48,7 +53,7 @@ def planned(recipe: Recipe) -> list[str]:
     ]
     if recipe.video is None:
         return ["model        the mixture, in two dimensions", *common]
-    return _video(recipe, recipe.video, counts, b * k, common)
+    return _video(recipe, recipe.video, counts, b * k, common, rate)
 
 
 def share(recipe: Recipe) -> Recipe:
@@ -68,30 +73,30 @@ def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
     return [*told, f"measured     {sum(report.clock.seconds.values()):.2f} s an iteration, the first"], report.problems
 
 
-def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str]) -> list[str]:
+def _video(
+    recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str], rate: float | None
+) -> list[str]:
     from vggrpo.data import read_prompts
-    from vggrpo.policy.wan import latent_shape
-    from vggrpo.stitch.load import load_lgm
 
-    folder, sampling = Path(video.model), recipe.sampling
-    prompts = read_prompts(video.prompts)
+    sampling, prompts = recipe.sampling, read_prompts(video.prompts)
     if not is_control(recipe.grpo.weights):
         chosen_rewards(recipe.grpo.weights, video.reward_form)
-    latent = latent_shape(folder, video.frames, video.height, video.width)
-    path = folder / "transformer" / "config.json"
-    if not path.is_file() or not list(path.parent.glob("*.safetensors")):
-        raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
-    config = json.loads(path.read_text())
-    shape = Shape.of(config, latent, video.max_len, video.lora.rank, _sharing(recipe))
-    lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
+    config, latent, per_token, judge = _model(video)
+    shape = Shape.of(
+        config, latent, video.max_len, video.lora.rank, _sharing(recipe),
+        per_token=per_token, half=video.dtype == "bfloat16",
+    )  # fmt: skip
     at_once = "x".join(map(str, (video.frames, video.height, video.width)))
     peak = peak_bytes(shape, sampling, latent, num_videos, averaged=recipe.optimizer.ema is not None)
     flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
     device, before = "cuda" if torch.cuda.is_available() else "cpu", video.motion_samples > 0
-    seconds, how = _seconds(config, shape, recipe, video, latent, counts, num_videos, device)
+    if rate is None:
+        seconds, how = _seconds(config, shape, recipe, video, latent, counts, num_videos, device)
+    else:
+        seconds, device, how = flops / rate, "such a machine", f"{rate / 1e12:,.0f} T operations/s, as assumed"
     return [
-        f"model        {folder}: {shape.num_frozen:,} parameters, and {shape.num_trained:,} of a LoRA to train",
-        f"geometry     {video.lgm}: {sum(p.numel() for p in lgm.parameters()):,} parameters",
+        f"model        {video.model}: {shape.num_frozen:,} parameters, and {shape.num_trained:,} of a LoRA to train",
+        f"geometry     {video.lgm}: {judge}",
         f"video        {at_once}, latents {'x'.join(map(str, latent))}: {shape.N} tokens; {len(prompts)} prompts of at "
         f"most {shape.M}",
         *([f"before       {video.motion_samples * len(prompts)} videos of the base model, for its motion"] * before),
@@ -101,6 +106,27 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
         f"time         {seconds:.3g} s an iteration on {device}, without the geometry model ({how}); "
         f"{seconds * recipe.grpo.num_iterations / 3600:.3g} h in all",
     ]
+
+
+def _model(video: VideoConfig) -> tuple[dict[str, Any], tuple[int, int, int, int], bool, str]:
+    """Of what will be trained: the transformer's configuration, (C, L, h, w), whether tokens have times of their own,
+    and what judges it. A published model that is not here is planned by the numbers that are published."""
+    from vggrpo.policy.published import find
+    from vggrpo.policy.wan import latent_shape, latents_of
+    from vggrpo.policy.wan_folder import read_layout
+    from vggrpo.stitch.load import load_lgm
+
+    folder, size = Path(video.model), (video.frames, video.height, video.width)
+    published = find(folder)
+    if published is not None and not folder.exists():
+        latent = latents_of(published.vae, video.model, *size)
+        return published.transformer, latent, published.per_token, "not read, for the model is not here, either"
+    latent, path = latent_shape(folder, *size), folder / "transformer" / "config.json"
+    if not path.is_file() or not list(path.parent.glob("*.safetensors")):
+        raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
+    judge = f"{sum(p.numel() for p in lgm.parameters()):,} parameters"
+    return json.loads(path.read_text()), latent, read_layout(folder).per_token, judge
 
 
 def _seconds(
@@ -120,7 +146,7 @@ def _seconds(
         rate = _rate(shape, device)
         total = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)
         return total / rate, f"{rate / 1e9:,.0f} G operations/s, as measured in one product"
-    one, two = (_measured(config, n, video, latent, micro, shape.sharing, device) for n in (1, 2))
+    one, two = (_measured(config, n, video, latent, micro, shape, device) for n in (1, 2))
     forward, backward = (a + (shape.layers - 1) * max(b - a, 0.0) for a, b in zip(one, two, strict=True))
     again = counts.replay * forward if sampling.gradient_checkpointing else 0.0
     plain = counts.rollout + counts.reference
@@ -133,22 +159,22 @@ def _measured(
     video: VideoConfig,
     latent: tuple[int, ...],
     micro: int,
-    sharing: int,
+    shape: Shape,
     device: str,
 ) -> tuple[float, float]:
     """Seconds per video: a forward pass without a graph, and one with its backward pass."""
     from diffusers import WanTransformer3DModel
 
     from vggrpo.policy.lora import add_lora
-    from vggrpo.policy.wan import WanVelocity
+    from vggrpo.policy.wan import WanVelocity, in_dtype
 
     transformer = WanTransformer3DModel.from_config(config | {"num_layers": layers})
-    add_lora(transformer, video.lora)
-    network: nn.Module = WanVelocity(transformer).to(device)
+    add_lora(in_dtype(transformer, _dtype(shape)), video.lora)
+    network: nn.Module = WanVelocity(transformer, shape.per_token).to(device)
     z = torch.randn(micro, *latent, device=device)
-    text = torch.randn(micro // sharing, video.max_len, config["text_dim"], device=device)
+    text = torch.randn(micro // shape.sharing, video.max_len, config["text_dim"], device=device)
     t = torch.full((micro,), 0.5, device=device)
-    rows = text.repeat_interleave(sharing, 0)
+    rows = text.repeat_interleave(shape.sharing, 0)
 
     def forward() -> None:
         with torch.no_grad():
@@ -162,9 +188,13 @@ def _measured(
 
 def _rate(shape: Shape, device: str) -> float:
     """Operations a second in a product of the feed-forward layer's size, on at most 4096 tokens."""
-    a = torch.randn(min(shape.N, 4096), shape.d, device=device)
-    b = torch.randn(shape.d, shape.f, device=device)
+    a = torch.randn(min(shape.N, 4096), shape.d, device=device, dtype=_dtype(shape))
+    b = torch.randn(shape.d, shape.f, device=device, dtype=_dtype(shape))
     return 2 * a.shape[0] * math.prod(b.shape) / _fastest(lambda: a @ b)
+
+
+def _dtype(shape: Shape) -> torch.dtype:
+    return torch.bfloat16 if shape.half else torch.float32
 
 
 def _fastest(call: Callable[[], object], times: int = 4) -> float:

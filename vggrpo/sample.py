@@ -50,6 +50,10 @@ class Drawing:
     """See `height`."""
     max_len: int = 96
     """Tokens of a prompt; Wan's own is 512."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the text encoder computes."""
+    prompt_cache: str | None = "runs/prompts"
+    """Folder where embeddings of prompts are kept, as those of training are; None: nowhere."""
     num_steps: int = 20
     """Steps from noise to data."""
     shift: float | None = None
@@ -135,7 +139,8 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     Raises:
         ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
     """
-    from vggrpo.policy.wan import WanVelocity, cached_prompts, latent_shape, load_encoders, own_shift
+    from vggrpo.policy.prompt_cache import prompt_encoder
+    from vggrpo.policy.wan import WanVelocity, latent_shape, own_shift
     from vggrpo.sft import load_transformer
     from vggrpo.stitch.load import load_lgm
 
@@ -150,7 +155,14 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
             raise ValueError(f"{name} must be a multiple of {given // side * patch} for {folder}, got {given}")
     if cfg.lora is not None:
         transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=LORA_WEIGHTS)
-    encode = cached_prompts(load_encoders(folder, cfg.max_len, cfg.device), [*prompts, cfg.negative_prompt])
+    encode = prompt_encoder(
+        folder,
+        [*prompts, cfg.negative_prompt],
+        cfg.max_len,
+        cache=cfg.prompt_cache,
+        device=cfg.device,
+        dtype=getattr(torch, cfg.text_dtype),
+    )
     network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
     grid = time_grid(cfg.num_steps, own_shift(folder) if cfg.shift is None else cfg.shift)
     return Models(network, encode, lgm, shape, grid)

@@ -29,7 +29,7 @@ from vggrpo.recipe import recipe_from
 
 MAY_CHANGE = (
     *("out", "checkpoint_every", "keep", "max_minutes", "trackers", "grpo.num_iterations"),
-    *("launch.num_processes", "launch.engine", "video.sample_every", "video.sample_prompts"),
+    *("launch.num_processes", "launch.engine", "video.sample_every", "video.sample_prompts", "video.prompt_cache"),
 )
 """Keys in which a resumed run may differ from its recipe before."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "vggrpo")

@@ -138,6 +138,20 @@ def test_deepspeed_trains_as_one_process_does(alone, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
+def test_two_processes_train_a_published_model_s_stand_in(tmp_path, name):
+    """In bf16, with one noise per group; one of them encodes the prompts, and the other finds them."""
+    more = ["--accelerate", name, "--main_process_port", port(), f"video.prompt_cache={tmp_path / 'prompts'}"]
+    recipe, out = "launch/recipes/wan21_1b_fast.yaml", tmp_path / "run"
+    said = ended(begin("-m", "vggrpo", "train", recipe, "--tiny-random", f"out={out}", *more))
+    assert said.count("Loading weights: 100%") == 1  # of the text encoder, by one process
+    assert started(out) == (2, name)
+    assert all(0 < one["grad_norm"] < float("inf") for one in lines(out))
+    assert lines(out)[1]["kl"] > 0
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_train_the_video_model_as_one_does(tmp_path, name):
     assert cli.main(["train", TINY, *SMALL, f"out={tmp_path / 'alone'}"]) == 0
     more = ["--accelerate", name, "--main_process_port", port()]

@@ -1,5 +1,6 @@
 """The formulas count what torch counts, and `vggrpo plan` says what a run then does."""
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from vggrpo.config import GrpoConfig, LoraSize, SamplingConfig
 from vggrpo.cost import Shape, backward_flops, evaluations, forward_flops, iteration_flops, peak_bytes, saved_bytes
 from vggrpo.plan import share
 from vggrpo.policy.lora import add_lora
-from vggrpo.policy.wan import WanVelocity, wan_velocity
+from vggrpo.policy.wan import WanVelocity, in_dtype, wan_velocity
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window
 
@@ -77,8 +78,11 @@ def test_operations_of_videos_that_share_a_prompt_are_those_that_torch_counts(ma
     assert forward_flops(shared) < forward_flops(shape)
 
 
-def test_saved_bytes_are_those_that_autograd_keeps(made):
-    transformer, shape, velocity = made
+@pytest.mark.parametrize("per_token", [False, True], ids=["one time", "a time a token"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_saved_bytes_are_those_that_autograd_keeps(made, half, per_token):
+    transformer, shape, _ = made
+    transformer = in_bf16(transformer) if half else transformer
     own = {x.untyped_storage().data_ptr() for x in [*transformer.parameters(), *transformer.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
@@ -87,10 +91,34 @@ def test_saved_bytes_are_those_that_autograd_keeps(made):
             kept[x.untyped_storage().data_ptr()] = x  # held, so that no other tensor takes its place
         return x
 
+    t = torch.full((1, shape.N) if per_token else (1,), 0.5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        velocity()
+        wan_velocity(transformer, torch.randn(1, *LATENT), t, torch.randn(1, shape.M, 24))
     found = sum(x.untyped_storage().nbytes() for x in kept.values())
-    assert saved_bytes(shape) == pytest.approx(found, rel=0.06)
+    asked = replace(shape, half=half, per_token=per_token)
+    assert saved_bytes(asked) == pytest.approx(found, rel=0.06)
+    other = replace(asked, half=not half) if per_token else replace(asked, per_token=True)
+    assert per_token or saved_bytes(other) != pytest.approx(found, rel=0.06)  # the control
+
+
+def in_bf16(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+    """A copy; LoRA stays in fp32."""
+    found = in_dtype(copy.deepcopy(transformer), torch.bfloat16)
+    for name, weight in found.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+    return found
+
+
+def test_weights_in_bf16_are_counted_exactly(made):
+    transformer, shape, _ = made
+    half = in_bf16(transformer)
+    frozen = sum(x.numel() * x.element_size() for x in half.parameters() if not x.requires_grad)
+    assert frozen == 2 * shape.num_frozen + 2 * shape.num_whole
+    sampling = SamplingConfig(num_steps=10)
+    both = [peak_bytes(replace(shape, half=on), sampling, LATENT, 1, averaged=False) for on in (False, True)]
+    saved = [saved_bytes(replace(shape, half=on)) for on in (False, True)]
+    assert both[0] - both[1] - (saved[0] - saved[1]) == 4 * shape.num_frozen - frozen
 
 
 def counts(window: int = 3, begin: int = 2, b: int = 2, k: int = 4, beta: float = 0.1, updates: int = 1, **more):
@@ -147,6 +175,23 @@ def test_a_plan_says_what_there_is_and_what_a_rank_does(capsys):
     seconds = re.search(r"time +([0-9.e+-]+) s an iteration on cpu", said)
     assert seconds is not None
     assert 0 < float(seconds.group(1)) < 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_are_measured_in_the_recipe_s_precision(dtype, capsys, monkeypatch):
+    seen: set[torch.dtype] = set()
+    real = WanVelocity.forward
+
+    def forward(self, z_t, t, told):
+        weights = self.transformer.blocks[0].attn1.to_q
+        seen.add(weights.base_layer.weight.dtype)
+        assert weights.lora_A["default"].weight.dtype == torch.float32
+        return real(self, z_t, t, told)
+
+    monkeypatch.setattr(WanVelocity, "forward", forward)
+    assert cli.main(["plan", TINY, "--no-step", f"video.dtype={dtype}"]) == 0
+    assert "blocks were measured" in capsys.readouterr().out
+    assert seen == {getattr(torch, dtype)}
 
 
 def test_a_plan_makes_one_step_and_leaves_nothing(capsys, tmp_path):

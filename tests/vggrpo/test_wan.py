@@ -11,34 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from vggrpo.build import Parts, build
 from vggrpo.config import LoraSize, SamplingConfig
 from vggrpo.policy.first_frame import WORDS, free_shape, kept_latents, load_sight, put_first, with_first_frames
 from vggrpo.policy.flow_policy import FlowPolicy, Network, lora_off
 from vggrpo.policy.lora import add_lora, lora_targets
-from vggrpo.policy.wan import WanVelocity, latent_shape, load_encoders
+from vggrpo.policy.wan import WanVelocity, in_dtype, latent_shape, load_encoders
 from vggrpo.policy.wan_folder import Layout, adapt, load_velocity, read_layout
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window, draw, normal
 from vggrpo.sft import load_transformer
+from vggrpo.tiny_random import narrow_transformer as transformer
+from vggrpo.tiny_random import narrow_vae as vae
+from vggrpo.tiny_random import narrow_wide_vae as wide_vae
+from vggrpo.tiny_random import save_pipeline
 from vggrpo.types import Condition, Streams
 
 SIZE = {"num_frames": 5, "height": 32, "width": 64}
@@ -47,26 +38,9 @@ PROMPTS = ["a camera pans over a red cube", "blurred"]
 TOKENIZER = Path(__file__).parents[2] / "assets/tiny-wan/tokenizer"
 
 
-def transformer(channels: int = 16, **others: object) -> WanTransformer3DModel:
-    settings = {
-        "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": 12,
-        "freq_dim": 16, "in_channels": channels, "out_channels": channels,
-    }  # fmt: skip
-    return WanTransformer3DModel(**settings | others)
-
-
-def vae() -> AutoencoderKLWan:
-    """Wan 2.1's at a fraction of its width: 16 channels, 8 times smaller."""
-    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-
-
 def saved(folder: Path, make: type, **parts: object) -> Path:
     """A folder as the hub has it."""
-    words = AutoTokenizer.from_pretrained(TOKENIZER)
-    text = UMT5EncoderModel(UMT5Config(vocab_size=len(words), d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    make(tokenizer=words, text_encoder=text, scheduler=scheduler, **parts).save_pretrained(folder)
-    return folder
+    return save_pipeline(folder, make, AutoTokenizer.from_pretrained(TOKENIZER), **parts)
 
 
 def texts(folder: Path, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,16 +111,6 @@ def test_both_branches_of_guidance_at_once_differ_by_rounding_alone(wan21):
     streams = Streams(0, 0)
     z = normal(noise(wan21).shape, [streams.member(0, 0)])
     torch.testing.assert_close(policy.sample(Condition(["yes"]), streams), piped(WanPipeline, wan21, z))
-
-
-def wide_vae() -> AutoencoderKLWan:
-    """Wan 2.2's at a fraction of its width: 48 channels, 16 times smaller, in patches of two."""
-    torch.manual_seed(1)
-    return AutoencoderKLWan(
-        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
-        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
-        latents_mean=(0.1 * torch.randn(48)).tolist(), latents_std=(1 + torch.rand(48)).tolist(),
-    )  # fmt: skip
 
 
 def picture() -> Image.Image:
@@ -452,3 +416,10 @@ def test_first_frames_that_do_not_fit_are_refused_in_one_line(wan21, tmp_path, m
         built(wan21, tmp_path, monkeypatch, frames=255 * both_frames())
     with pytest.raises(ValueError, match="cannot read first frames from"):
         built(wan21, tmp_path, monkeypatch, "video.first_frames=none.safetensors")
+
+
+def test_a_network_that_was_not_loaded_has_the_precision_of_one_that_was(wan21):
+    loaded, made = load_velocity(wan21, torch.bfloat16).transformer, in_dtype(transformer(), torch.bfloat16)
+    expected = {name: weight.dtype for name, weight in loaded.named_parameters()}
+    assert {name: weight.dtype for name, weight in made.named_parameters()} == expected
+    assert set(expected.values()) == {torch.float32, torch.bfloat16}

@@ -4,7 +4,7 @@ Timesteps of 0 to 1000 exist only here.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from vggrpo.bootstrap.assets import sha256
 from vggrpo.bootstrap.text import TextStage, encode_prompts
 from vggrpo.bootstrap.vae import encode, normalise
 from vggrpo.data import Encoders
-from vggrpo.policy.flow_policy import TextEncoder
-from vggrpo.types import Condition
 
 TIMESTEPS = 1000.0
 AT_ONCE = 4
@@ -136,6 +134,14 @@ class WanVelocity(nn.Module):
         return wan_velocity(self.at(t), whole, times, text)[:, :, given:]
 
 
+def in_dtype(transformer: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
+    """One that was not loaded, in this dtype as `from_pretrained` holds it: times, norms and modulation keep theirs."""
+    for name, weight in transformer.named_parameters():
+        if not any(part in name for part in transformer._keep_in_fp32_modules):
+            weight.data = weight.data.to(dtype)
+    return transformer
+
+
 def prompts_in(text: Float[Tensor, "n tokens channels"]) -> Float[Tensor, "prompts tokens channels"]:
     """Each prompt once, where every prompt stands in equally many rows, one after the other; else all rows."""
     return text[first_rows(text)]
@@ -159,11 +165,21 @@ def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[in
     path = folder / "vae" / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no vae/config.json: it must be a Wan model in diffusers layout")
-    config = json.loads(path.read_text())
+    return latents_of(json.loads(path.read_text()), str(folder), frames, height, width)
+
+
+def latents_of(
+    config: Mapping[str, Any], source: str, frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """(C, L, h, w) in the latents of a VAE with this configuration, which is that of `source`.
+
+    Raises:
+        ValueError: a size that its strides do not divide.
+    """
     s, p = config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
     if frames % s != 1 or height % p or width % p:
         raise ValueError(
-            f"{folder} takes {s} n + 1 frames with sides that are multiples of {p}, got {frames} of {height} x {width}"
+            f"{source} takes {s} n + 1 frames with sides that are multiples of {p}, got {frames} of {height} x {width}"
         )
     return config["z_dim"], (frames - 1) // s + 1, height // p, width // p
 
@@ -182,22 +198,6 @@ def own_shift(folder: Path) -> float:
     if shift is None:
         raise ValueError(f"{path} says nothing of a shift: give the time grid's shift yourself")
     return float(shift)
-
-
-def cached_prompts(encoders: Encoders, prompts: Sequence[str], device: torch.device | str = "cpu") -> TextEncoder:
-    """The embeddings of these prompts, so that the encoder can go; no other can be asked for.
-
-    They are kept on the CPU, and handed out on `device`.
-    """
-    known = {prompt: encoders.text([prompt])[0].float().cpu() for prompt in dict.fromkeys(prompts)}
-
-    def encode(cond: Condition) -> Tensor:
-        for prompt in cond.prompt:
-            if prompt not in known:
-                raise ValueError(f"the prompt {prompt!r} was not encoded beforehand")
-        return torch.stack([known[prompt] for prompt in cond.prompt]).to(device)
-
-    return encode
 
 
 def load_encoders(folder: Path, max_len: int, device: str) -> Encoders:

@@ -1,0 +1,167 @@
+"""`--tiny-random`: a recipe for a published Wan, run with the same classes at a fraction of their width.
+
+The stand-ins have random weights and are written to disk as the hub's folders are, and read from there like them:
+
+    runs/tiny-random/NAME/wan         transformer, VAE (16 channels and 8 x 8, or 48 and 16 x 16), UMT5, tokenizer
+    runs/tiny-random/NAME/geometry    a geometry model
+    runs/tiny-random/NAME/lgm         a latent geometry model: a connector for that VAE, and the tail of that
+
+What comes out is worth nothing. What it shows is that all of a recipe runs: its window, guidance, rewards, precision,
+checkpoints and LoRA, under the launch that it is meant for.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from geometry.backbone import HookedBackbone
+from geometry.latent import Connector, LatentGeometryModel, LatentSpec
+from geometry.models.tiny import TinyConfig, TinyGeometry, call, parse, spec
+from geometry.stored import CARD, WEIGHTS, save_latent_model
+from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
+from vggrpo.bootstrap.geometry_publish import CONFIG
+from vggrpo.bootstrap.geometry_publish import WEIGHTS as MODEL
+from vggrpo.bootstrap.text import build_tokenizer
+from vggrpo.config import Recipe, VideoConfig
+from vggrpo.data import read_prompts
+from vggrpo.policy.published import PUBLISHED, Published, find
+
+FOLDER = Path("runs/tiny-random")
+TOKENS = 16
+"""Of a prompt."""
+TEXT = 12
+"""Width of the text encoder."""
+GEOMETRY = TinyConfig(dim=48, pairs=(1, 1), registers=1)
+HEIGHT, WIDTH, FRAMES = 32, 64, 9
+SMALL = {"num_iterations": 2, "num_prompts": 2, "group_size": 4}
+"""Upper limits of what a recipe asks for."""
+
+
+def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
+    """Build what a recipe needs, unless it is there, and say what is to be changed in it, as `section.key=value`.
+
+    Args:
+        path: of the recipe, which names the folder of the run.
+
+    Raises:
+        ValueError: a recipe without a video model, or of one that is not published under the name of its folder.
+    """
+    video = recipe.video
+    published = None if video is None else find(video.model)
+    if video is None or published is None:
+        raise ValueError(
+            f"--tiny-random stands in for {', '.join(PUBLISHED)}, and the recipe is of "
+            f"{'no video model' if video is None else video.model}: name the folder as the hub does"
+        )
+    folder = FOLDER / Path(video.model).name
+    if not folder.is_dir():
+        _build(folder, published, read_prompts(video.prompts))
+    limits = {key: min(value, getattr(recipe.grpo, key)) for key, value in SMALL.items()}
+    return [
+        f"out={FOLDER / Path(path).stem}",
+        *(
+            f"video.{part}={folder / place}"
+            for part, place in (("model", "wan"), ("geometry", "geometry"), ("lgm", "lgm"))
+        ),
+        *(f"video.{key}={value}" for key, value in _size(video).items()),
+        *(f"grpo.{key}={value}" for key, value in limits.items()),
+    ]
+
+
+def narrow_transformer(channels: int = 16, **others: Any) -> WanTransformer3DModel:
+    """A Wan transformer of two layers of width 24; `others` go to the class."""
+    settings: dict[str, Any] = {
+        "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": TEXT,
+        "freq_dim": 16, "in_channels": channels, "out_channels": channels,
+    }  # fmt: skip
+    return WanTransformer3DModel(**settings | others)
+
+
+def narrow_vae() -> AutoencoderKLWan:
+    """Wan 2.1's at a fraction of its width: 16 channels, 8 times smaller."""
+    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+def narrow_wide_vae() -> AutoencoderKLWan:
+    """Wan 2.2's at a fraction of its width: 48 channels, 16 times smaller, in patches of two."""
+    torch.manual_seed(1)
+    return AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=(0.1 * torch.randn(48)).tolist(), latents_std=(1 + torch.rand(48)).tolist(),
+    )  # fmt: skip
+
+
+def save_pipeline(
+    folder: Path, make: type, words: PreTrainedTokenizerBase, shift: float = 3.0, **parts: object
+) -> Path:
+    """A folder as the hub has it: these parts, and a narrow text encoder for that tokenizer."""
+    text = UMT5EncoderModel(UMT5Config(vocab_size=len(words), d_model=TEXT, d_kv=6, d_ff=16, num_layers=1, num_heads=2))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    make(tokenizer=words, text_encoder=text, scheduler=scheduler, **parts).save_pretrained(folder)
+    return folder
+
+
+def save_lgm(folder: Path, vae: Path, seed: int = 0) -> None:
+    """A geometry model and a latent one for the latents of this VAE, below `folder`, with the cards that tie them."""
+    torch.manual_seed(seed)
+    net = TinyGeometry(GEOMETRY)
+    made = folder / "geometry"
+    save_tensors(made / MODEL, {name: x.contiguous() for name, x in net.state_dict().items()})
+    save_json(made / CONFIG, asdict(GEOMETRY))
+    _card(made, [MODEL, CONFIG])
+    _card(
+        vae,
+        [path.name for path in vae.iterdir() if path.suffix in (".json", ".safetensors") and path.name != "card.json"],
+    )
+    config = AutoencoderKLWan.load_config(vae)
+    stride = config["scale_factor_spatial"]
+    latent = LatentSpec(
+        config["z_dim"], config["scale_factor_temporal"], stride,
+        tuple(config["latents_mean"]), tuple(config["latents_std"]),
+    )  # fmt: skip
+    backbone = HookedBackbone(net, spec(GEOMETRY), call, parse)
+    connector = Connector(latent, GEOMETRY.encoder_dim, split=stride // GEOMETRY.patch)
+    nn.init.normal_(connector.conv.weight, std=0.1)
+    save_latent_model(LatentGeometryModel(backbone, backbone.spec.stitch_points[-1], connector), folder / "lgm", {})
+    made_from = {name: read_card(path)["sha256"] for name, path in (("geometry", made), ("vae", vae))}
+    _card(folder / "lgm", [WEIGHTS, CARD], made_from=made_from)
+
+
+def _build(folder: Path, published: Published, prompts: Sequence[str]) -> None:
+    """All of a folder, or nothing."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    torch.manual_seed(0)
+    wide = published.vae.get("is_residual", False)
+    save_pipeline(
+        part / "wan",
+        WanPipeline,
+        build_tokenizer([*prompts, ""], TOKENS),
+        published.shift,
+        transformer=narrow_transformer(published.vae["z_dim"]),
+        vae=narrow_wide_vae() if wide else narrow_vae(),
+        expand_timesteps=published.per_token,
+    )
+    save_lgm(part, part / "wan/vae")
+    try:
+        os.rename(part, folder)
+    except OSError:  # somebody else was faster
+        shutil.rmtree(part)
+
+
+def _size(video: VideoConfig) -> dict[str, int]:
+    limits = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "max_len": TOKENS, "motion_samples": 1}
+    return {key: min(value, getattr(video, key)) for key, value in limits.items()}
+
+
+def _card(folder: Path, files: Sequence[str], **more: Any) -> None:
+    save_json(folder / "card.json", {"sha256": {name: sha256(folder / name) for name in files}, **more})
