@@ -56,7 +56,8 @@ def build(
     Args:
         weights: what a checkpoint says of the trained weights. They come before the launch wraps the network, for an
             engine may keep copies, or parts.
-        allow_import: whether the recipe's `video.imported` may be imported, which runs whatever is there.
+        allow_import: whether what the recipe names (`video.imported`, an any4d geometry model) may be imported, which
+            runs whatever is there.
 
     Raises:
         ValueError: a launch that is not what was asked for, a batch that the ranks cannot share, a reward or prompt
@@ -132,7 +133,7 @@ def _video(
     network: nn.Module = velocity.to(device)
     if weights is not None:
         restore_weights(network, weights)
-    lgm = load_lgm(video.lgm, video.geometry, folder / "vae").to(device)
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import).to(device)
     encode = cached_prompts(
         load_encoders(folder, video.max_len, str(device)), [*prompts, recipe.sampling.negative_prompt], device
     )

@@ -185,7 +185,7 @@ class VideoConfig:
     first_frames: str | None = None
     """safetensors with "frames" [N 3 height width], RGB in [0, 1], the first frame of each prompt's video."""
     geometry: str = "assets/tiny-geometry"
-    """The geometry model whose tail the latent geometry model uses."""
+    """The geometry model whose tail the latent geometry model uses: a folder, or family:weights (`geometry_model`)."""
     lgm: str = "assets/tiny-lgm"
     """The latent geometry model, from `vggrpo stitch`."""
     prompts: str = "assets/prompts/train.txt"

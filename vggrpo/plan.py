@@ -26,8 +26,8 @@ LONG = 3e11
 """Operations of one block and micro-batch from which on it is not measured."""
 
 
-def planned(recipe: Recipe) -> list[str]:
-    """The plan, without a model's weights being read.
+def planned(recipe: Recipe, allow_import: bool = False) -> list[str]:
+    """The plan, without the video model's weights being read.
 
     Raises:
         ValueError: a file that is missing, a reward that is not known, a batch that the processes cannot share.
@@ -48,7 +48,7 @@ def planned(recipe: Recipe) -> list[str]:
     ]
     if recipe.video is None:
         return ["model        the mixture, in two dimensions", *common]
-    return _video(recipe, recipe.video, counts, b * k, common)
+    return _video(recipe, recipe.video, counts, b * k, common, allow_import)
 
 
 def share(recipe: Recipe) -> Recipe:
@@ -58,9 +58,9 @@ def share(recipe: Recipe) -> Recipe:
     return replace(recipe, grpo=replace(recipe.grpo, num_prompts=b, group_size=k), launch=LaunchConfig())
 
 
-def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
+def stepped(recipe: Recipe, allow_import: bool = False) -> tuple[list[str], list[str]]:
     """One iteration of one process without its update, and what it found wrong (`check.check`)."""
-    parts = build(recipe)
+    parts = build(recipe, allow_import=allow_import)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
     )
@@ -68,7 +68,9 @@ def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
     return [*told, f"measured     {sum(report.clock.seconds.values()):.2f} s an iteration, the first"], report.problems
 
 
-def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str]) -> list[str]:
+def _video(
+    recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str], allow_import: bool
+) -> list[str]:
     from vggrpo.data import read_prompts
     from vggrpo.policy.wan import latent_shape
     from vggrpo.stitch.load import load_lgm
@@ -83,7 +85,7 @@ def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, 
         raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
     config = json.loads(path.read_text())
     shape = Shape.of(config, latent, video.max_len, video.lora.rank, _sharing(recipe))
-    lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import)
     at_once = "x".join(map(str, (video.frames, video.height, video.width)))
     peak = peak_bytes(shape, sampling, latent, num_videos, averaged=recipe.optimizer.ema is not None)
     flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)

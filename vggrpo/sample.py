@@ -39,7 +39,9 @@ class Drawing:
     """How videos are drawn, from whatever model."""
 
     geometry: str = "assets/tiny-geometry"
-    """The geometry model whose tail the latent geometry model uses."""
+    """The geometry model whose tail the latent geometry model uses: a folder, or family:weights (`geometry_model`)."""
+    allow_import: bool = False
+    """Run the code that builds a geometry model (any4d)."""
     lgm: str = "assets/tiny-lgm"
     """The latent geometry model."""
     frames: int = 17
@@ -142,7 +144,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     cfg.check()
     folder = Path(cfg.model)
     shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
-    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
+    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae", cfg.allow_import).to(cfg.device)
     transformer = load_transformer(folder)
     for side, patch, name in zip(shape[2:], transformer.config.patch_size[1:], ("height", "width"), strict=True):
         if side % patch:
