@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add(commands, name, action, "launch/recipes/mixture.yaml")
     plan = commands.choices["plan"]
     plan.add_argument("--no-step", action="store_true", help="formulas only: the video model is not loaded")
-    plan.set_defaults(
-        run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step, allow_import=args.allow_import)
-    )
+    plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step))
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     stitched = commands.choices["stitch"]
@@ -37,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
     train.set_defaults(run=_train)
     stitched.set_defaults(run=_stitch)
-    for command in (train, commands.choices["check"], plan, stitched):
+    for command in (train, commands.choices["check"], stitched):
         command.add_argument("--allow-import", action="store_true", help="run the code that the recipe names")
     commands.choices["check"].set_defaults(
         run=lambda args: check_recipe(args.recipe, args.overrides, allow_import=args.allow_import)
@@ -95,15 +93,15 @@ def check_recipe(path: str, overrides: Sequence[str], *, allow_import: bool = Fa
     return 1 if report.problems else 0
 
 
-def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True, allow_import: bool = False) -> int:
+def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True) -> int:
     """What a recipe will cost, by formulas; then one iteration without its update, measured."""
     from vggrpo.plan import planned, share, stepped
 
     recipe = load_recipe(path, overrides)
-    print(*planned(recipe, allow_import), sep="\n", flush=True)
+    print(*planned(recipe), sep="\n", flush=True)
     if not step:
         return 0
-    lines, problems = stepped(share(recipe), allow_import)
+    lines, problems = stepped(share(recipe))
     print(*lines, sep="\n")
     return 1 if problems else 0
 
@@ -130,9 +128,9 @@ def launch_recipe(
     else:
         from vggrpo.stitch.pair_recipe import PairRecipe, read_stitch_recipe
 
-        engine = words[-1]  # launch.engine=..., which the recipe of a pair refuses unless processes share clips
-        if not isinstance(read_stitch_recipe(path, [*overrides, engine]), PairRecipe):
+        if not isinstance(read_stitch_recipe(path, overrides), PairRecipe):
             raise ValueError(f"{path} is stitched by one process: leave --accelerate out")
+        read_stitch_recipe(path, [*overrides, words[-1]])  # launch.engine=..., which it may refuse
     sys.stdout.flush()
     os.execv(words[0], words)
 

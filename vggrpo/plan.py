@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from vggrpo.build import build, chosen_rewards
+from rewards import ESTIMATED
+from vggrpo.build import build, check_names
 from vggrpo.check import check
 from vggrpo.config import LaunchConfig, Recipe, VideoConfig
 from vggrpo.control import is_control
 from vggrpo.cost import Counts, Shape, evaluations, forward_flops, iteration_flops, peak_bytes
+from vggrpo.further_rewards import TOLD
 from vggrpo.runtime import Share, share_of
 
 LONG = 3e11
 """Operations of one block and micro-batch from which on it is not measured."""
 
 
-def planned(recipe: Recipe, allow_import: bool = False) -> list[str]:
-    """The plan, without the video model's weights being read.
+def planned(recipe: Recipe) -> list[str]:
+    """The plan, without a model's weights being read.
 
     Raises:
         ValueError: a file that is missing, a reward that is not known, a batch that the processes cannot share.
@@ -48,7 +50,28 @@ def planned(recipe: Recipe, allow_import: bool = False) -> list[str]:
     ]
     if recipe.video is None:
         return ["model        the mixture, in two dimensions", *common]
-    return _video(recipe, recipe.video, counts, b * k, common, allow_import)
+    check_formulas(recipe.video)
+    return _video(recipe, recipe.video, counts, b * k, common)
+
+
+def check_formulas(video: VideoConfig) -> None:
+    """Refuse a model whose cost the formulas do not say.
+
+    Raises:
+        ValueError: two transformers, or one that reads channels of a first frame.
+    """
+    from vggrpo.policy.wan_folder import read_layout
+
+    folder = Path(video.model)
+    if not folder.is_dir():
+        return
+    layout = read_layout(folder)
+    what = "has two transformers" if layout.boundary is not None else "reads a first frame as further channels"
+    if layout.boundary is not None or layout.told(video.first_frames is not None) == "channels":
+        raise ValueError(
+            f"{folder} {what}, for which there are no formulas: plan the model of the same widths that has one "
+            "transformer and takes prompts alone, and measure this one (vggrpo check)"
+        )
 
 
 def share(recipe: Recipe) -> Recipe:
@@ -58,9 +81,9 @@ def share(recipe: Recipe) -> Recipe:
     return replace(recipe, grpo=replace(recipe.grpo, num_prompts=b, group_size=k), launch=LaunchConfig())
 
 
-def stepped(recipe: Recipe, allow_import: bool = False) -> tuple[list[str], list[str]]:
+def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
     """One iteration of one process without its update, and what it found wrong (`check.check`)."""
-    parts = build(recipe, allow_import=allow_import)
+    parts = build(recipe)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
     )
@@ -68,9 +91,7 @@ def stepped(recipe: Recipe, allow_import: bool = False) -> tuple[list[str], list
     return [*told, f"measured     {sum(report.clock.seconds.values()):.2f} s an iteration, the first"], report.problems
 
 
-def _video(
-    recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str], allow_import: bool
-) -> list[str]:
+def _video(recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str]) -> list[str]:
     from vggrpo.data import read_prompts
     from vggrpo.policy.wan import latent_shape
     from vggrpo.stitch.load import load_lgm
@@ -78,14 +99,14 @@ def _video(
     folder, sampling = Path(video.model), recipe.sampling
     prompts = read_prompts(video.prompts)
     if not is_control(recipe.grpo.weights):
-        chosen_rewards(recipe.grpo.weights, video.reward_form)
+        check_names(recipe.grpo.named, [*ESTIMATED, *TOLD, *video.imported, *video.remote])
     latent = latent_shape(folder, video.frames, video.height, video.width)
     path = folder / "transformer" / "config.json"
     if not path.is_file() or not list(path.parent.glob("*.safetensors")):
         raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
     config = json.loads(path.read_text())
     shape = Shape.of(config, latent, video.max_len, video.lora.rank, _sharing(recipe))
-    lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import)
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
     at_once = "x".join(map(str, (video.frames, video.height, video.width)))
     peak = peak_bytes(shape, sampling, latent, num_videos, averaged=recipe.optimizer.ema is not None)
     flops = iteration_flops(shape, counts, checkpointing=sampling.gradient_checkpointing)

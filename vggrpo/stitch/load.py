@@ -45,6 +45,11 @@ def read_latent_spec(vae: Path) -> LatentSpec:
         ValueError: no VAE of Wan's there.
     """
     path = vae / "config.json"
+    if not vae.parent.is_dir():
+        raise ValueError(
+            f"there is no folder {vae.parent}: if this is a hub id, fetch it first where there is a network "
+            f"(hf download {vae.parent} --local-dir DIR) and give DIR"
+        )
     if not path.is_file():
         raise ValueError(f"{vae} has no config.json: it must be the vae/ of a Wan model in diffusers layout")
     try:

@@ -108,10 +108,9 @@ def drawer(recipe: PairRecipe, device: str) -> Callable[[int], Float[Tensor, "C 
     Raises:
         ValueError: no whole Wan in the folder, or one that needs a first frame; no prompts.
     """
-    from vggrpo.policy.wan import cached_prompts, latent_shape, load_encoders, own_shift
+    from vggrpo.policy.wan import latent_shape, load_encoders, own_shift
     from vggrpo.policy.wan_folder import load_velocity, read_layout
     from vggrpo.sampler import draw, normal, time_grid
-    from vggrpo.types import Condition
 
     folder, clips, how = Path(recipe.wan), recipe.clips, recipe.clips.sampling
     if read_layout(folder).way == "channels":
@@ -120,7 +119,9 @@ def drawer(recipe: PairRecipe, device: str) -> Callable[[int], Float[Tensor, "C 
             "clips.sampling.num_samples=0 and give clips.videos, or the Wan of the same VAE that takes prompts alone"
         )
     prompts = list(islice(cycle(read_prompts(how.prompts)), how.num_samples))
-    texts = cached_prompts(load_encoders(folder, how.max_len, device), [*prompts, ""], device)
+    encode = load_encoders(folder, how.max_len, device).text
+    texts = {prompt: encode([prompt]).float().to(device) for prompt in {*prompts, ""}}
+    del encode  # and with it the text encoder
     network = load_velocity(folder, torch.bfloat16 if recipe.bf16 else torch.float32).eval().requires_grad_(False)
     network = network.to(device)
     shape = latent_shape(folder, clips.frames, clips.height, clips.width)
@@ -128,7 +129,7 @@ def drawer(recipe: PairRecipe, device: str) -> Callable[[int], Float[Tensor, "C 
 
     @torch.no_grad()
     def one(number: int) -> Tensor:
-        text, negative = (texts(Condition([prompt])) for prompt in (prompts[number], ""))
+        text, negative = texts[prompts[number]], texts[""]
         noise = normal((1, *shape), [torch.Generator().manual_seed(how.first_seed + number)]).to(device)
         return draw(network, noise, text, negative, grid, how.guidance_scale)[0]
 

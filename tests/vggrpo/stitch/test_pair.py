@@ -22,10 +22,12 @@ from geometry.types import check_geometry
 from geometry.world import make_clips
 from rewards import ESTIMATED
 from tests.geometry import families
+from tests.vggrpo.test_distributed import spawn
 from tests.vggrpo.test_wan import saved, transformer, vae, wan22
 from vggrpo import cli
 from vggrpo.bootstrap.assets import read_card
 from vggrpo.bootstrap.vae import encode, normalise
+from vggrpo.config import LaunchConfig
 from vggrpo.data import write_video
 from vggrpo.geometry_model import load_geometry_model
 from vggrpo.stitch import pair
@@ -34,6 +36,8 @@ from vggrpo.stitch.pair_recipe import ClipsRecipe, PairRecipe, read_stitch_recip
 from vggrpo.stitch.recipe import SamplingRecipe, StitchRecipe
 from vggrpo.stitch.shelf import drawer, load_clip, split
 
+TRAINED = Path(__file__).parents[3] / "assets/tiny-wan/vae"
+"""The embedded VAE, here without its card: of random latents nobody can tell what a video shows."""
 HERE = "tests.vggrpo.stitch.test_pair"
 
 
@@ -71,11 +75,11 @@ def stack(tmp_path_factory):
     """Folders of a Wan 2.1, of a VGGT and of videos, and a file of prompts."""
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    saved(folder / "wan", WanPipeline, transformer=transformer(), vae=vae())
+    saved(folder / "wan", WanPipeline, transformer=transformer(), vae=AutoencoderKLWan.from_pretrained(TRAINED))
     (folder / "vggt").mkdir()
     save_model(families.made(families.VGGT), str(folder / "vggt/model.safetensors"))
     (folder / "videos").mkdir()
-    clips = make_clips(range(70, 80), frames=9, size=(32, 64), supersample=1).video
+    clips = make_clips(range(70, 90), frames=9, size=(64, 64), supersample=1).video
     for number, clip in enumerate(clips):
         write_video(folder / f"videos/{number}.mp4", (255 * clip).round().byte(), 8)
     (folder / "prompts.txt").write_text("a red cube\na blue ball\n")
@@ -84,7 +88,7 @@ def stack(tmp_path_factory):
 
 def recipe_of(stack: Path, out: str, **more: object) -> PairRecipe:
     sampling = SamplingRecipe(num_samples=2, prompts=str(stack / "prompts.txt"), num_steps=2, max_len=8, first_seed=1)
-    size = {"frames": 9, "height": 32, "width": 64}
+    size = {"frames": 9, "height": 64, "width": 64}
     clips = ClipsRecipe(videos=str(stack / "videos"), sampling=sampling, ranking=2, held_out=2, **size)
     settings = {
         "wan": str(stack / "wan"),
@@ -92,6 +96,7 @@ def recipe_of(stack: Path, out: str, **more: object) -> PairRecipe:
         "out": str(stack / out / "run"),
         "asset": str(stack / out / "asset"),
         "at_once": 3,
+        "kernel": [1, 3, 3],
         "ridge": 1e-2,
         "distil": DistilConfig(steps=4, lr=1e-4, warmup=1, rank=2, alpha=2),
         "batch": 2,
@@ -170,6 +175,31 @@ def test_a_stitching_that_was_stopped_ends_as_an_unbroken_one_to_the_bit(stack, 
     other = replace(recipe, ridge=0.1)
     with pytest.raises(ValueError, match=r"was made with ridge 0\.01 and the recipe says 0\.1: restore it, or set"):
         pair.stitch_pair(other, "recipe.yaml")
+
+
+def stitch_as_a_rank(accelerator, recipe: PairRecipe) -> None:
+    for name in ("vggt", "vggt.models", "vggt.models.vggt"):
+        sys.modules[name] = ModuleType(name)
+    sys.modules["vggt.models.vggt"].VGGT = HubVGGT
+    pair.stitch_pair(recipe, "recipe.yaml")
+
+
+@pytest.mark.slow
+def test_two_processes_stitch_what_one_does(stack, stitched):
+    recipe = recipe_of(stack, "two", launch=LaunchConfig(num_processes=2, engine="ddp"))
+    spawn(stitch_as_a_rank, 2, recipe)
+    one, two = (read_card(Path(recipe.asset)) for recipe in (stitched, recipe))
+    assert [layer["point"] for layer in one["ranking"]] == [layer["point"] for layer in two["ranking"]]
+    for name in ("closed form", "random connector", "teacher on decoded latents", "distilled"):
+        assert two["held_out"][name] == pytest.approx(one["held_out"][name], rel=2e-3)
+    whole, shared = (load_file(Path(recipe.asset) / "lgm.safetensors") for recipe in (stitched, recipe))
+    for name, x in whole.items():
+        torch.testing.assert_close(shared[name], x, atol=2e-4, rtol=2e-3)
+    start = load_file(Path(stitched.out) / one["ranking"][0]["folder"] / "lgm.safetensors")["connector.conv.weight"]
+    moved = (whole["connector.conv.weight"] - start).abs().max()
+    apart = (whole["connector.conv.weight"] - shared["connector.conv.weight"]).abs().max()
+    print(f"moved {moved:.1e}, one process against two {apart:.1e}")
+    assert moved > 10 * apart  # the control: training did move it
 
 
 def test_gradients_of_a_batch_are_those_of_its_clips_together(stack, stitched):
