@@ -155,10 +155,10 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
 
     cfg.check()
     folder = Path(cfg.model)
-    shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
-    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae", cfg.allow_import).to(cfg.device)
     layout, size = read_layout(folder), (cfg.height, cfg.width)
+    shape = latent_shape(folder, cfg.frames, *size)
     way = layout.told(cfg.first_frames is not None, "--first-frames")
+    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae", cfg.allow_import).to(cfg.device)
     frames = None
     if cfg.first_frames is not None:  # of all prompts of the file, of which some may be wanted
         frames = read_first_frames(cfg.first_frames, read_prompts(cfg.prompts), *size)[: len(prompts)]

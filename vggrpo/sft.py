@@ -55,23 +55,23 @@ def load_transformer(folder: Path) -> WanTransformer3DModel:
     )
 
 
-def check_alone(folder: Path) -> None:
-    """Refuse a Wan that more than clips and captions would be needed for.
+def check_alone(folder: Path, what: str = "finetuning on clips") -> None:
+    """Refuse a Wan for `what`, which knows of one transformer, and of prompts alone.
 
     Raises:
         ValueError: it has two transformers, or one that must be told of a first frame.
     """
     if (folder / "transformer_2").is_dir():
         raise ValueError(
-            f"{folder} has two transformers, each for some times, and finetuning on clips trains one for all: take a "
-            "Wan that has one (2.1, or 2.2 TI2V-5B), or train this one by reward (vggrpo train, video.lora_on)"
+            f"{folder} has two transformers, each for some times, and {what} knows of one: take a Wan that has one "
+            "(2.1, or 2.2 TI2V-5B), or train this one by reward (vggrpo train, video.lora_on)"
         )
     path = folder / "transformer" / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {"in_channels": 0}
     if config["in_channels"] != (config.get("out_channels") or config["in_channels"]):
         raise ValueError(
-            f"{folder} makes videos of a first frame, which finetuning on clips does not tell it of: take a Wan that "
-            "takes prompts alone (T2V, or 2.2 TI2V-5B), or train this one by reward (vggrpo train, video.first_frames)"
+            f"{folder} makes videos of a first frame, which {what} does not tell it of: take a Wan that takes prompts "
+            "alone (T2V, or 2.2 TI2V-5B), or train this one by reward (vggrpo train, video.first_frames)"
         )
 
 

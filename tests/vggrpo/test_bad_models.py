@@ -102,7 +102,10 @@ def test_a_vae_and_a_transformer_of_two_models_are_refused(command, wide, tmp_pa
         ("da3-smal:folder", "did you mean 'da3-small'"),
         ("any4d:my.module:build", "give --allow-import if you trust it"),
         ("assets/tiny-wan", "no card.json"),
-        ("assets/tiny-referee", "assets/tiny-lgm was made from another geometry than assets/tiny-referee"),
+        (
+            "assets/tiny-referee",
+            "assets/tiny-referee is not an embedded geometry model (KeyError: 'pairs'): give assets/tiny-geom",
+        ),
     ],
 )
 def test_another_geometry_model_is_refused(geometry, message, tmp_path, capsys):

@@ -11,9 +11,7 @@ the model is the same on any number of them, to rounding.
 """
 
 import json
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,14 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from geometry.backbone import BackboneSpec, HookedBackbone
-from geometry.distance import output_distances
-from geometry.distil import distil_backward, distil_update, start, trained
+from geometry.distil import trained
 from geometry.latent import Connector, LatentGeometryModel, LatentSpec
 from geometry.stitch import Sample, rank_layers, stitch, student, teach
 from geometry.stored import CARD, WEIGHTS, load_latent_model, save_latent_model
 from geometry.types import Geometry
 from vggrpo.bootstrap.assets import save_json, sha256
 from vggrpo.bootstrap.progress import Progress
-from vggrpo.bootstrap.training import Training, check_same_recipe, load_training, save_training
+from vggrpo.bootstrap.training import check_same_recipe
 from vggrpo.bootstrap.vae import decode, denormalise
 from vggrpo.bootstrap.vae_publish import hardware
 from vggrpo.geometry_model import identity, load_geometry_model
@@ -40,11 +37,9 @@ from vggrpo.stitch.judge import random_connector
 from vggrpo.stitch.load import read_latent_spec, weights_of
 from vggrpo.stitch.pair_card import card_text
 from vggrpo.stitch.pair_recipe import MAY_CHANGE, PairRecipe
-from vggrpo.stitch.shelf import fill, load_clip, samples, split
+from vggrpo.stitch.pair_train import Distances, autocast, distances, distil
+from vggrpo.stitch.shelf import fill, samples, split
 from vggrpo.stitch.team import Team
-
-Speak = Callable[[Sample], Geometry]
-Distances = dict[str, float]
 
 
 def stitch_pair(recipe: PairRecipe, path: str, *, allow_import: bool = False) -> list[str]:
@@ -73,7 +68,7 @@ def stitch_pair(recipe: PairRecipe, path: str, *, allow_import: bool = False) ->
     del vae
     model = _closed(recipe, backbone, ranked[0], team)
     training = distil(recipe, model, parts, team)
-    found["distilled"] = _distances(recipe, lambda one: student(model, one), model, parts[2], team)
+    found["distilled"] = distances(recipe, lambda one: student(model, one), model, parts[2], team)
     card = {
         "what": f"normalised latents of the VAE in {recipe.wan} to what {recipe.geometry} says of the video",
         "command": f"vggrpo stitch {path}",
@@ -153,7 +148,7 @@ def closed_forms(
         folder = Path(recipe.out) / place
         if not (folder / "ranked.json").exists():
             progress(f"closed form: stitch points {begin + 1} to {begin + len(some)} of {len(points)}")
-            with _autocast(recipe, team):
+            with autocast(recipe, team):
                 fitted, held = (samples(recipe, rows, team) for rows in parts)
                 models = stitch(backbone, connector, fitted, some, ridge=recipe.ridge, total=team.total)
                 layers = rank_layers(models, held, recipe.distil.weights, team.total)
@@ -179,64 +174,20 @@ def controls(
     path = Path(recipe.out) / "controls.json"
     if not path.exists():
         model = _closed(recipe, backbone, best, team)
-        found = {"closed form": _distances(recipe, lambda one: student(model, one), model, rows, team)}
+        found = {"closed form": distances(recipe, lambda one: student(model, one), model, rows, team)}
         random_connector(model.connector, recipe.seed)
-        found["random connector"] = _distances(recipe, lambda one: student(model, one), model, rows, team)
+        found["random connector"] = distances(recipe, lambda one: student(model, one), model, rows, team)
 
         def decoded(one: Sample) -> Geometry:
             video = decode(vae, denormalise(vae, one.z)).clamp(0, 1)
             return teach(model, Sample(one.z, video))
 
-        found["teacher on decoded latents"] = _distances(recipe, decoded, model, rows, team)
+        found["teacher on decoded latents"] = distances(recipe, decoded, model, rows, team)
         if team.main:
             save_json(path, {"point": best.point, "found": found})
         team.wait()
     kept: dict[str, Distances] = json.loads(path.read_text())["found"]
     return kept
-
-
-def distil(recipe: PairRecipe, model: LatentGeometryModel, parts: Sequence[list[int]], team: Team) -> Training[Any]:
-    """Train to the last step, or on to it; then the model holds the average of its weights."""
-    torch.manual_seed(recipe.seed)
-    path, progress = Path(recipe.out) / "distil.safetensors", Progress()
-    training = Training(model, start(model, recipe.distil))
-    notes = asdict(recipe.distil) | {"steps": None, "num_steps": recipe.distil.steps}
-    load_training(path, training, notes, ("num_steps",))
-
-    def keep() -> None:
-        if training.curve and training.curve[-1]["step"] == training.step:
-            return  # it was resumed here
-        with training.averaged():
-            found = _distances(recipe, lambda one: student(model, one), model, parts[1], team)
-        found["total"] = float(recipe.distil.weights.total({k: torch.tensor(x) for k, x in found.items()}))
-        rounded = {name: round(x, 5) for name, x in found.items()}
-        training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | rounded)
-        if team.main:
-            save_training(path, training, notes)
-        team.wait()
-
-    while training.step < recipe.distil.steps:
-        if training.step % recipe.checkpoint_every == 0:
-            keep()
-        begin = time.perf_counter()
-        numbers = _step(recipe, model, training, parts[0], team)
-        training.update_average(recipe.average)
-        training.seconds += time.perf_counter() - begin
-        left = training.seconds / training.step * (recipe.distil.steps - training.step) / 60
-        progress(f"step {training.step} of {recipe.distil.steps}  loss {numbers['loss']:.3f}  {left:.0f} min left")
-    keep()
-    training.swap_average()
-    model.requires_grad_(False)
-    return training
-
-
-def draw_clips(recipe: PairRecipe, rows: list[int], step: int) -> tuple[list[int], int | None]:
-    """The clips of a step and how many frames of them: the same on every process."""
-    rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    chosen = [rows[i] for i in torch.randint(len(rows), (recipe.batch,), generator=rng).tolist()]
-    if not recipe.lengths:
-        return chosen, None
-    return chosen, recipe.lengths[int(torch.randint(len(recipe.lengths), (), generator=rng))]
 
 
 def publish(recipe: PairRecipe, model: LatentGeometryModel, card: dict[str, Any]) -> None:
@@ -247,38 +198,8 @@ def publish(recipe: PairRecipe, model: LatentGeometryModel, card: dict[str, Any]
     (folder / "README.md").write_text(card_text(card))
 
 
-def _step(
-    recipe: PairRecipe, model: LatentGeometryModel, training: Training[Any], rows: list[int], team: Team
-) -> dict[str, float]:
-    chosen, frames = draw_clips(recipe, rows, training.step)
-    training.optimizer.zero_grad()
-    loss = torch.zeros((), dtype=torch.float64)
-    for number in team.mine(chosen):
-        with _autocast(recipe, team):
-            clip = load_clip(recipe, number, team.device, frames)
-            loss += distil_backward(model, clip, recipe.distil, share=1 / recipe.batch)["loss"] / recipe.batch
-    team.join([weight for _, weight in training.trained()])
-    numbers = distil_update(training.optimizer, training.step, recipe.distil)
-    return numbers | {"loss": float(team.total(loss))}
-
-
-@torch.no_grad()
-def _distances(recipe: PairRecipe, speak: Speak, model: LatentGeometryModel, rows: list[int], team: Team) -> Distances:
-    """Mean distance of each output from the teacher's."""
-    sums: dict[str, torch.Tensor] = {}
-    with _autocast(recipe, team):
-        for sample in samples(recipe, rows, team):
-            for name, x in output_distances(speak(sample), teach(model, sample)).items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + x.double().sum().cpu()
-    return {name: float(team.total(x)) / len(rows) for name, x in sums.items()}
-
-
 def _closed(recipe: PairRecipe, backbone: HookedBackbone, best: Ranked, team: Team) -> LatentGeometryModel:
     """The closed form that was kept, around the one backbone, which must have no adapters yet."""
     model = load_latent_model(Path(recipe.out) / best.folder, backbone).to(team.device)
     model.recompute = recipe.recompute
     return model
-
-
-def _autocast(recipe: PairRecipe, team: Team) -> AbstractContextManager[Any]:
-    return torch.autocast(team.device.type, torch.bfloat16, enabled=recipe.bf16)

@@ -29,14 +29,15 @@ from vggrpo.bootstrap.assets import read_card
 from vggrpo.bootstrap.vae import encode, normalise
 from vggrpo.config import LaunchConfig
 from vggrpo.data import write_video
-from vggrpo.geometry_model import load_geometry_model
-from vggrpo.stitch import pair
+from vggrpo.geometry_model import FAMILIES, load_geometry_model
+from vggrpo.stitch import pair, pair_train
 from vggrpo.stitch.load import load_lgm, read_latent_spec
 from vggrpo.stitch.pair_recipe import ClipsRecipe, PairRecipe, read_stitch_recipe
 from vggrpo.stitch.recipe import SamplingRecipe, StitchRecipe
 from vggrpo.stitch.shelf import drawer, load_clip, split
 
-TRAINED = Path(__file__).parents[3] / "assets/tiny-wan/vae"
+ROOT = Path(__file__).parents[3]
+TRAINED = ROOT / "assets/tiny-wan/vae"
 """The embedded VAE, here without its card: of random latents nobody can tell what a video shows."""
 HERE = "tests.vggrpo.stitch.test_pair"
 
@@ -57,6 +58,11 @@ def build_any4d():
 
 def build_nothing():
     return {"not": "a module"}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,7 +137,7 @@ def test_a_pretrained_pair_is_stitched_loaded_and_rewarded(stack, stitched):
     z = clip.z.repeat(2, 1, 1, 1, 1).requires_grad_()
     scene = model(z)
     check_geometry(scene)
-    assert scene.depth.shape == (2, 9, 28, 56)  # 4 x 8 latents, 2 x 4 tokens, patches of 14
+    assert scene.depth.shape == (2, 9, 56, 56)  # 8 x 8 latents, 4 x 4 tokens, patches of 14
     reward = {name: ESTIMATED[name](scene) for name in ("motion_smoothness", "camera_motion_floor")}
     assert all(r.isfinite().all() for r in reward.values())
     reward["motion_smoothness"].sum().backward()
@@ -148,24 +154,24 @@ def test_the_card_says_what_the_model_is_worth_beside_its_controls(stitched):
     assert [point["step"] for point in card["curve"]] == [0, 2, 4]
     assert [layer["total"] for layer in card["ranking"]] == sorted(layer["total"] for layer in card["ranking"])
     assert len(card["ranking"]) == 4  # at_once=3: two passes over the clips
-    assert card["clips"] == {"fitted": 8, "ranking": 2, "held out": 2}
+    assert card["clips"] == {"fitted": 18, "ranking": 2, "held out": 2}
     assert set(card["made_from"]["vae"]) == {"diffusion_pytorch_model.safetensors"}
     assert "control" in (Path(stitched.asset) / "README.md").read_text()
 
 
 def test_a_stitching_that_was_stopped_ends_as_an_unbroken_one_to_the_bit(stack, stitched, monkeypatch):
     recipe = recipe_of(stack, "stopped")
-    update, reads = pair.distil_update, []
+    update, reads = pair_train.distil_update, []
 
     def stops(optimizer, step, config):
         if step == 3:
             raise KeyboardInterrupt
         return update(optimizer, step, config)
 
-    monkeypatch.setattr(pair, "distil_update", stops)
+    monkeypatch.setattr(pair_train, "distil_update", stops)
     with pytest.raises(KeyboardInterrupt):
         pair.stitch_pair(recipe, "recipe.yaml")
-    monkeypatch.setattr(pair, "distil_update", update)
+    monkeypatch.setattr(pair_train, "distil_update", update)
     monkeypatch.setattr("vggrpo.stitch.shelf.read_video", lambda *args: reads.append(args))
     monkeypatch.setattr(pair, "stitch", lambda *args, **how: reads.append(args))
     pair.stitch_pair(recipe, "recipe.yaml")
@@ -209,10 +215,10 @@ def test_gradients_of_a_batch_are_those_of_its_clips_together(stack, stitched):
     clips = [load_clip(stitched, number, torch.device("cpu")) for number in (0, 1)]
     together = type(clips[0])(*(torch.cat(pair) for pair in zip(clips[0][:2], clips[1][:2], strict=True)))
     for batches, share in (([together], 1.0), (clips, 0.5), (clips, 1.0)):
-        optimizer = pair.start(model, config)
+        optimizer = pair_train.start(model, config)
         optimizer.zero_grad()
         for batch in batches:
-            pair.distil_backward(model, batch, config, share)
+            pair_train.distil_backward(model, batch, config, share)
         found.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
     scale = found[0].abs().max()
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=float(1e-5 * scale))
@@ -242,12 +248,13 @@ def test_grids_are_those_of_the_reference_table(stack, space, channels, patch, l
 def test_wan22_of_48_channels_is_stitched_with_stride_1_and_one_map_a_latent(stack, tmp_path):
     folder = wan22(WanPipeline, tmp_path / "wan")
     recipe = recipe_of(
-        stack, "wan22", wan=str(folder), mode="latent", points=[0, 1], distil=DistilConfig(1, warmup=0, rank=1, alpha=1)
-    )
+        stack, "wan22", wan=str(folder), mode="latent", points=[0, 1], bf16=True, recompute=True,
+        distil=DistilConfig(1, warmup=0, rank=1, alpha=1),
+    )  # fmt: skip
     pair.stitch_pair(recipe, "recipe.yaml")
     model = load_lgm(recipe.asset, recipe.geometry, folder / "vae")
     assert (model.connector.stride, model.connector.split, model.connector.latent.channels) == (1, 1, 48)
-    assert model(load_clip(recipe, 11, torch.device("cpu")).z).depth.shape == (1, 3, 28, 56)
+    assert model(load_clip(recipe, 21, torch.device("cpu")).z).depth.shape == (1, 3, 56, 56)
     with pytest.raises(ValueError, match="stitched for latents of 48 channels, 16 times smaller, 4 frames each, and"):
         load_lgm(recipe.asset, recipe.geometry, stack / "wan/vae")
 
@@ -264,8 +271,9 @@ def test_a_model_of_another_vae_or_geometry_model_is_refused_in_one_line(stack, 
     refused(r"of another mean and deviation than those in .*/config.json \(by up to [\d.]+\): stitch one", vae=other)
     (other / "config.json").write_text(json.dumps(config))
     load_lgm(stitched.asset, stitched.geometry, other)  # the control: a copy will do
-    torch.manual_seed(9)
-    vae().save_pretrained(other)
+    net = AutoencoderKLWan.from_pretrained(other)
+    net.encoder.conv_in.bias.data += 0.1
+    net.save_pretrained(other)
     refused(r"was made from another vae than .*: restore it, or run vggrpo stitch", vae=other)
     (other / "diffusion_pytorch_model.safetensors").unlink()
     refused(r"has no \*\.safetensors: it must be the vae/ of a Wan", vae=other)
@@ -319,7 +327,7 @@ def test_what_cannot_be_stitched_is_told_before_anything_is_done(stack, tmp_path
     recipe = recipe_of(stack, "never")
     clips = recipe.clips
     for changed, message in (
-        ({"clips": replace(clips, held_out=10)}, "there are 12 clips, and 12 are held out"),
+        ({"clips": replace(clips, held_out=20)}, "there are 22 clips, and 22 are held out"),
         ({"clips": replace(clips, videos="nowhere")}, "no folder of videos at nowhere: set clips.videos"),
         ({"clips": replace(clips, videos=str(tmp_path))}, r"holds no video \(\.mp4"),
         ({"wan": str(tmp_path)}, r"vae has no config\.json: it must be the vae/ of a Wan"),
@@ -346,16 +354,16 @@ def test_samples_of_two_transformers_are_drawn_by_both(stack, tmp_path):
     both = drawer(recipe, "cpu")(1)
     torch.manual_seed(1)
     transformer().save_pretrained(tmp_path / "moe/transformer_2")
-    assert both.shape == (16, 3, 4, 8)
+    assert both.shape == (16, 3, 8, 8)
     assert not torch.equal(drawer(recipe, "cpu")(1), both)
 
 
 def test_every_clip_is_for_one_purpose_and_held_out_ones_are_spread(stack):
     recipe = recipe_of(stack, "x")
     fitted, ranking, held = split(recipe)
-    assert sorted([*fitted, *ranking, *held]) == list(range(12))
-    assert [len(part) for part in (fitted, ranking, held)] == [8, 2, 2]
-    assert sorted(ranking + held) == [1, 4, 7, 10]
+    assert sorted([*fitted, *ranking, *held]) == list(range(22))
+    assert [len(part) for part in (fitted, ranking, held)] == [18, 2, 2]
+    assert sorted(ranking + held) == [2, 8, 13, 19]
 
 
 def test_a_recipe_with_clips_is_of_a_pair(stack, tmp_path):
@@ -376,8 +384,45 @@ def test_a_recipe_with_clips_is_of_a_pair(stack, tmp_path):
             read_stitch_recipe(str(tmp_path / "b.yaml"), overrides)
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("wan21_vggt", (30, 52)), ("wan21_da3", (30, 52)), ("wan22_vggt", (44, 80))]
+)
+def test_shipped_recipes_are_read_and_have_the_grids_that_they_say(name, tokens):
+    recipe = read_stitch_recipe(f"launch/recipes/stitch/{name}.yaml", ["clips.videos=somewhere"])
+    channels, space = (48, 16) if name.startswith("wan22") else (16, 8)
+    latent = LatentSpec(channels, 4, space, (0.0,) * channels, (1.0,) * channels)
+    connector = pair.build_connector(BackboneSpec(14, 8, 1, ("a", "b"), ("a",)), latent, recipe)
+    assert connector.grid(recipe.clips.height // space, recipe.clips.width // space) == tokens
+    assert recipe.geometry.split(":")[0] in FAMILIES
+
+
 def test_latent_specs_are_the_vaes_own(stack):
     net = AutoencoderKLWan.from_pretrained(stack / "wan/vae")
     spec = read_latent_spec(stack / "wan/vae")
     assert (spec.channels, spec.time_stride, spec.space_stride) == (16, 4, 8)
     assert math.isclose(spec.std[3], net.config.latents_std[3])
+
+
+def test_several_processes_are_started_with_what_the_recipe_insists_on(stack, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def replaced(program, words):
+        started.append(words)
+        raise SystemExit
+
+    monkeypatch.setattr("os.execv", replaced)
+    path = written(recipe_of(stack, "x"), tmp_path / "a.yaml")
+    words = ["stitch", path, "ridge=0.5", "--accelerate"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "ddp", "--num_processes", "4", "--allow-import"])
+    (line,) = started
+    assert line[line.index("-m", 2) :] == [
+        *("-m", "vggrpo", "stitch", path, "ridge=0.5", "--allow-import", "launch.num_processes=4", "launch.engine=ddp"),
+    ]
+    for name, recipe, message in (
+        ("zero2", path, "launch.engine is zero2: use --accelerate ddp or multi_node"),
+        ("ddp", "launch/recipes/stitch/tiny.yaml", "is stitched by one process: leave --accelerate out"),
+    ):
+        assert cli.main(["stitch", recipe, "--accelerate", name]) == 2
+        assert message in capsys.readouterr().err
+    assert len(started) == 1
