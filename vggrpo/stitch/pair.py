@@ -179,7 +179,8 @@ def controls(
         found["random connector"] = distances(recipe, lambda one: student(model, one), model, rows, team)
 
         def decoded(one: Sample) -> Geometry:
-            video = decode(vae, denormalise(vae, one.z)).clamp(0, 1)
+            with torch.autocast(team.device.type, enabled=False):
+                video = decode(vae, denormalise(vae, one.z)).clamp(0, 1)
             return teach(model, Sample(one.z, video))
 
         found["teacher on decoded latents"] = distances(recipe, decoded, model, rows, team)

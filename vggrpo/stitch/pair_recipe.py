@@ -53,8 +53,8 @@ class ClipsRecipe:
 
     def how(self) -> DataConfig:
         """How a video is read."""
-        size = {"frames": self.frames, "height": self.height, "width": self.width}
-        return DataConfig(videos="", num_clips=self.num_videos, every=self.every, **size)
+        T, H, W = self.frames, self.height, self.width
+        return DataConfig(videos="", num_clips=self.num_videos, every=self.every, frames=T, height=H, width=W)
 
 
 @dataclass(frozen=True)
@@ -143,4 +143,4 @@ def read_stitch_recipe(path: str, overrides: Sequence[str]) -> StitchRecipe | Pa
         for name in ("wan", "geometry", "clips"):
             if name not in told:
                 raise ValueError(f"{path}: the recipe of a pair needs {name}")
-    return read_recipe(PairRecipe if pair else StitchRecipe, path, overrides)
+    return read_recipe(PairRecipe, path, overrides) if pair else read_recipe(StitchRecipe, path, overrides)
