@@ -211,7 +211,9 @@ class HookedBackbone(nn.Module):
         return scene
 
     def _run(self, images: Tensor, intrinsics: Tensor | None, batch: torch.Size) -> Geometry:
-        scene = self._parse(self._call(self.module, images, intrinsics), (images.shape[-2], images.shape[-1]))
+        raw = self._call(self.module, images, intrinsics)
+        with torch.autocast(images.device.type, enabled=False):  # a pose times a point is no work for bf16
+            scene = self._parse(raw, (images.shape[-2], images.shape[-1]))
         return scene.map(lambda x: x.reshape(*batch, *x.shape[1:]))
 
     def _images(

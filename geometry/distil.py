@@ -108,8 +108,15 @@ def distil_step(
 
     A batch whose gradient is not finite changes nothing, and `gradient` says so.
     """
-    rate = config.lr * learning_rate(step, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    record = distil_backward(model, sample, config)
+    return record | distil_update(optimizer, step, config)
+
+
+def distil_backward(
+    model: LatentGeometryModel, sample: Sample, config: DistilConfig, share: float = 1.0
+) -> dict[str, float]:
+    """Add the gradient of `share` of a batch's loss; each distance and the loss come back, for the batch itself."""
     module, matched = model.backbone.module, model.backbone.spec.matched
     with recorded(module, matched) as ours:
         scene = student(model, sample)
@@ -118,15 +125,21 @@ def distil_step(
     distances = output_distances(scene, wanted)
     gaps = {path: (ours[path] - theirs[path]).abs().mean() for path in matched}
     loss = config.weights.total(distances).mean() + config.matched * sum(gaps.values())
+    (share * loss).backward()
+    record = {name: float(x.detach().mean()) for name, x in (distances | gaps).items()}
+    return {**record, "loss": float(loss.detach())}
+
+
+def distil_update(optimizer: torch.optim.AdamW, step: int, config: DistilConfig) -> dict[str, float]:
+    """The `step`-th step from 0, on the gradient that was added up: its norm before clipping, and the learning rate."""
+    rate = config.lr * learning_rate(step, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = group["share"] * rate
-    optimizer.zero_grad()
-    loss.backward()
     gradient = nn.utils.clip_grad_norm_(parameters, config.clip)
     if gradient.isfinite():
         optimizer.step()
-    record = {name: float(x.detach().mean()) for name, x in (distances | gaps).items()}
-    return {**record, "loss": float(loss.detach()), "gradient": float(gradient), "lr": rate}
+    return {"gradient": float(gradient), "lr": rate}
 
 
 def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: DistilConfig) -> Iterator[dict[str, float]]:

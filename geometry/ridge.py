@@ -1,11 +1,16 @@
 """Linear least squares from a stream: sums of products in float64, so that no feature is ever stored."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from geometry.backbone import Grid
 from geometry.latent import Connector
+
+Total = Callable[[Tensor], Tensor]
+"""A tensor of this rank -> its sum over all ranks."""
 
 
 class Moments:
@@ -29,6 +34,14 @@ class Moments:
         for name in vars(self):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
+
+    def reduced(self, total: Total) -> "Moments":
+        """Of the streams of all ranks."""
+        whole = Moments(0, 0)
+        for name in ("x", "y", "yy", "xx", "xy"):
+            setattr(whole, name, total(getattr(self, name)))
+        whole.rows = int(total(self.x.new_tensor([self.rows])).item())
+        return whole
 
     def columns(self, start: int, stop: int) -> "Moments":
         """Of some outputs only."""
@@ -96,6 +109,10 @@ class ConnectorFit:
         windows, targets = self.connector.windows(z.double(), grid), self.connector.targets(tokens)
         for index, (x, y) in enumerate(zip(windows, targets, strict=True)):
             (self._rest if index else self._first).add(x, y)
+
+    def reduce(self, total: Total) -> None:
+        """Count what all ranks have counted."""
+        self._first, self._rest = self._first.reduced(total), self._rest.reduced(total)
 
     def solve(self, ridge: float = 1e-4) -> tuple[Float[Tensor, "inputs outputs"], Float[Tensor, " outputs"]]:
         """Weight and bias, outputs in the order of the convolution's channels (phase, row, column, D)."""

@@ -22,8 +22,13 @@ from torch import Tensor, nn
 from geometry.backbone import HookedBackbone
 from geometry.distance import OutputWeights, output_distances
 from geometry.latent import Connector, LatentGeometryModel
-from geometry.ridge import ConnectorFit, set_connector
+from geometry.ridge import ConnectorFit, Total, set_connector
 from geometry.types import Geometry
+
+
+def _own(x: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return x
 
 
 class Sample(NamedTuple):
@@ -58,6 +63,7 @@ def stitch(
     points: Sequence[str] | None = None,
     *,
     ridge: float = 1e-4,
+    total: Total = _own,
 ) -> dict[str, LatentGeometryModel]:
     """The closed-form latent geometry model of every stitch point (or of some), all of them around the one backbone.
 
@@ -65,6 +71,7 @@ def stitch(
         connector: how it is built; its weights do not matter and stay as they are.
         samples: calibration clips, read once.
         ridge: penalty in units of the latents' mean variance.
+        total: sums a tensor over ranks, each of which has clips of its own: all get the same models.
 
     Raises:
         ValueError: no samples, or too few for ridge = 0.
@@ -77,6 +84,8 @@ def stitch(
         fit.add(sample.z, patches)
         prefix = prefix.to(prefixes.device) + prefixes.double().sum((0, 1))
         rows += prefixes.shape[0] * prefixes.shape[1]
+    fit.reduce(total)
+    prefix, rows = total(prefix), int(total(prefix.new_tensor([rows])).item())
     if rows == 0:
         raise ValueError("there are no clips to fit the connector on")
     weight, bias = (x.unflatten(-1, (-1, len(points), backbone.spec.dim)) for x in fit.solve(ridge))
@@ -93,12 +102,14 @@ def rank_layers(
     models: Mapping[str, LatentGeometryModel],
     samples: Iterable[Sample],
     weights: OutputWeights | None = None,
+    total: Total = _own,
 ) -> list[Layer]:
     """Stitched models by what they put out on held-out clips, best first; R^2 beside it, which favours early blocks.
 
     Args:
         models: of one `stitch`: one backbone, connectors of one shape.
         samples: clips that `stitch` did not see, read once.
+        total: as in `stitch`.
 
     Raises:
         ValueError: no models, or no samples.
@@ -108,24 +119,26 @@ def rank_layers(
     points, first = tuple(models), next(iter(models.values()))
     dim = first.backbone.spec.dim
     fit = ConnectorFit(first.connector, len(points) * dim)
-    sums: dict[str, dict[str, float]] = {point: {} for point in points}
+    sums: dict[str, dict[str, Tensor]] = {point: {} for point in points}
     clips = 0
     for sample in samples:
         fit.add(sample.z, _tokens(first.backbone, first.connector, points, sample)[0])
         truth = teach(first, sample)
         for point, model in models.items():
             for name, value in output_distances(student(model, sample), truth).items():
-                sums[point][name] = sums[point].get(name, 0.0) + float(value.sum())
+                sums[point][name] = sums[point].get(name, 0.0) + value.double().sum()
         clips += len(sample.z)
     if clips == 0:
         raise ValueError("there are no held-out clips to rank the layers on")
+    fit.reduce(total)
+    clips = int(total(torch.tensor([clips], dtype=torch.float64)).item())
     error, variance = fit.errors(*_solution(list(models.values())))
     r2 = 1 - error.unflatten(0, (len(points), dim)).sum(1) / variance.unflatten(0, (len(points), dim)).sum(1)
     layers = []
     for index, (point, model) in enumerate(models.items()):
-        distances = {name: value / clips for name, value in sums[point].items()}
-        total = (weights or OutputWeights()).total({name: torch.tensor(x) for name, x in distances.items()})
-        layers.append(Layer(point, float(r2[index]), distances, float(total), model))
+        distances = {name: float(total(value)) / clips for name, value in sums[point].items()}
+        summed = (weights or OutputWeights()).total({name: torch.tensor(x) for name, x in distances.items()})
+        layers.append(Layer(point, float(r2[index]), distances, float(summed), model))
     return sorted(layers, key=lambda layer: layer.total)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +56,8 @@ def build(
     Args:
         weights: what a checkpoint says of the trained weights. They come before the launch wraps the network, for an
             engine may keep copies, or parts.
-        allow_import: whether the recipe's `video.imported` may be imported, which runs whatever is there.
+        allow_import: whether what the recipe names (`video.imported`, an any4d geometry model) may be imported, which
+            runs whatever is there.
 
     Raises:
         ValueError: a launch that is not what was asked for, a batch that the ranks cannot share, a reward or prompt
@@ -116,8 +117,8 @@ def _video(
     decode = Decoder(folder, video.judged_at_once)
 
     def chosen() -> dict[str, RewardFn]:
-        further = further_rewards(video, grpo.weights, motion, decode, allow_import=allow_import)
-        return chosen_rewards(grpo.weights, video.reward_form, further)
+        further = further_rewards(video, grpo.named, motion, decode, allow_import=allow_import)
+        return chosen_rewards(grpo.named, video.reward_form, further)
 
     rewards = _rewards_of(recipe, run, chosen)
     paths = None if video.cameras is None else read_paths(video.cameras, prompts, video.frames).to(accelerator.device)
@@ -147,7 +148,7 @@ def _video(
     network: nn.Module = velocity.to(device)
     if weights is not None:
         restore_weights(network, weights)
-    lgm = load_lgm(video.lgm, video.geometry, folder / "vae").to(device)
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import).to(device)
     told: Encoder = encode
     if frames is not None:
         told = tell_first_frames(encode, folder, layout, frames, video.frames, str(device))
@@ -186,20 +187,32 @@ def chosen_rewards(
     Raises:
         ValueError: no names, or one that none of them has.
     """
-    if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
-        raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
     known: dict[str, RewardFn] = {**ESTIMATED, **further}
-    for name in weights:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
+    check_names(weights, known)
+    assert weights is not None
     if form == "paper":
         again = partial(
             reprojection_consistency, dynamic_threshold=ESTIMATED_FLOW, scale="absolute", exclude_self=False
         )
         known |= {"motion_smoothness": partial(motion_smoothness, floor=0.0), "reprojection_consistency": again}
     return {name: known[name] for name in weights}
+
+
+def check_names(weights: Collection[str] | None, known: Collection[str]) -> None:
+    """Raises ValueError, one line, for no reward, or one that is none of those that are `known`."""
+    if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
+        raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
+    for name in weights:
+        if name == "epipolar" and name not in known:
+            raise ValueError(
+                "grpo.weights: epipolar needs correspondences that someone else found, and none ship (a geometry's own "
+                "always agree with it, and the matcher of pixels is the judges'): bring yours as a reward in "
+                "video.imported that takes both, scene and video, and calls rewards.epipolar"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"grpo.weights: no reward {name!r}: {hint}")
 
 
 def batches(

@@ -73,7 +73,13 @@ def check(
         with clock("reward"):
             reward = run.gather(score(rewards, scene, rollout))
     advantage = group_advantage(
-        reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, clamp=cfg.clamp
+        reward,
+        cfg.named,
+        aggregate=cfg.aggregate,
+        baseline=cfg.baseline,
+        silent=cfg.silent,
+        clamp=cfg.clamp,
+        gates=cfg.gates,
     )
     with clock("update"):
         replayed = replay_backward(policy, rollout, run.local(advantage), run, cfg)

@@ -151,7 +151,8 @@ def restore_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if ours != theirs:
         name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         raise ValueError(
-            f"the checkpoint is of another network: {name} is {theirs.get(name)} there, {ours.get(name)} here"
+            f"the checkpoint is of another network: {name} is {theirs.get(name)} there, {ours.get(name)} here; "
+            "go on with the model and LoRA that it was made with, or start in another folder"
         )
     for name, weight in wanted.items():
         weight.copy_(tensors[name])

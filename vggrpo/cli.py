@@ -29,16 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step, rate=args.rate))
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    train.add_argument(
-        "--accelerate", metavar="NAME", help="start it by `accelerate launch`: ddp, zero2, zero3, fsdp2, multi_node"
-    )
-    for flag in LAUNCH_FLAGS:
-        train.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
+    stitched = commands.choices["stitch"]
+    for command, engines in ((train, "ddp, zero2, zero3, fsdp2, multi_node"), (stitched, "ddp, multi_node")):
+        command.add_argument("--accelerate", metavar="NAME", help=f"start it by `accelerate launch`: {engines}")
+        for flag in LAUNCH_FLAGS:
+            command.add_argument(flag, metavar="X", help="with --accelerate: as `accelerate launch` has it")
     train.set_defaults(run=_train)
+    stitched.set_defaults(run=_stitch)
     for command in (train, plan, commands.choices["check"]):
         command.add_argument("--tiny-random", action="store_true", help="with narrow stand-ins for its models")
-    for command in (train, commands.choices["check"]):
-        command.add_argument("--allow-import", action="store_true", help="run the code of the recipe's own rewards")
+    for command in (train, commands.choices["check"], stitched):
+        command.add_argument("--allow-import", action="store_true", help="run the code that the recipe names")
     commands.choices["check"].set_defaults(
         run=lambda args: check_recipe(args.recipe, args.overrides, allow_import=args.allow_import)
     )
@@ -124,14 +125,24 @@ def train_recipe(path: str, overrides: Sequence[str], *, resume: bool = False, a
     return Training(load_recipe(path, overrides), resume=resume, allow_import=allow_import).go()
 
 
-def launch_recipe(name: str, flags: Sequence[str], path: str, overrides: Sequence[str], more: Sequence[str]) -> int:
-    """`vggrpo train` by `accelerate launch`, in this process's place; what can be seen to be wrong is said before."""
+def launch_recipe(
+    verb: str, name: str, flags: Sequence[str], path: str, overrides: Sequence[str], more: Sequence[str]
+) -> int:
+    """`vggrpo train` or `stitch` by `accelerate launch`, in this process's place; what can be seen to be wrong is said
+    before."""
     from vggrpo.launch import command, configuration, num_processes
     from vggrpo.runtime import share_of
 
-    recipe = load_recipe(path, overrides)
-    share_of(0, num_processes(configuration(name)[1], flags), recipe.grpo.num_prompts, recipe.grpo.group_size)
-    words = command(name, ["train", path, *overrides, *more], flags)
+    words = command(name, [verb, path, *overrides, *more], flags)
+    if verb == "train":
+        recipe = load_recipe(path, overrides)
+        share_of(0, num_processes(configuration(name)[1], flags), recipe.grpo.num_prompts, recipe.grpo.group_size)
+    else:
+        from vggrpo.stitch.pair_recipe import PairRecipe, read_stitch_recipe
+
+        if not isinstance(read_stitch_recipe(path, overrides), PairRecipe):
+            raise ValueError(f"{path} is stitched by one process: leave --accelerate out")
+        read_stitch_recipe(path, [*overrides, words[-1]])  # launch.engine=..., which it may refuse
     sys.stdout.flush()
     os.execv(words[0], words)
 
@@ -148,16 +159,22 @@ def sft_recipe(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def stitch_recipe(path: str, overrides: Sequence[str]) -> int:
+def stitch_recipe(path: str, overrides: Sequence[str], *, allow_import: bool = False) -> int:
     """Make a latent geometry model: closed form, distillation, report; or go on where it stopped."""
     from pathlib import Path
 
     from vggrpo.bootstrap.vae import load_vae
+    from vggrpo.stitch.pair import stitch_pair
+    from vggrpo.stitch.pair_recipe import PairRecipe, read_stitch_recipe
     from vggrpo.stitch.publish import publish
-    from vggrpo.stitch.recipe import StitchRecipe
     from vggrpo.stitch.run import make_model, prepare, report
 
-    recipe = read_recipe(StitchRecipe, path, overrides)
+    recipe = read_stitch_recipe(path, overrides)
+    if isinstance(recipe, PairRecipe):
+        said = stitch_pair(recipe, path, allow_import=allow_import)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(*said, sep="\n")
+        return 0
     prepare(recipe)
     vae = load_vae(Path(recipe.wan) / "vae")
     ranked, made = make_model(recipe, vae)
@@ -254,13 +271,25 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    flags = [word for flag in LAUNCH_FLAGS if (value := getattr(args, flag[2:])) is not None for word in (flag, value)]
-    if args.accelerate is not None:
+    if (flags := _launch_flags(args)) is not None:
         more = [*["--resume"] * args.resume, *["--allow-import"] * args.allow_import]
-        return launch_recipe(args.accelerate, flags, args.recipe, args.overrides, more)
-    if flags:
-        raise ValueError(f"{flags[0]} is for accelerate: give --accelerate NAME with it")
+        return launch_recipe("train", args.accelerate, flags, args.recipe, args.overrides, more)
     return train_recipe(args.recipe, args.overrides, resume=args.resume, allow_import=args.allow_import)
+
+
+def _stitch(args: argparse.Namespace) -> int:
+    if (flags := _launch_flags(args)) is not None:
+        more = ["--allow-import"] * args.allow_import
+        return launch_recipe("stitch", args.accelerate, flags, args.recipe, args.overrides, more)
+    return stitch_recipe(args.recipe, args.overrides, allow_import=args.allow_import)
+
+
+def _launch_flags(args: argparse.Namespace) -> list[str] | None:
+    """What is for `accelerate launch`, if it is asked for."""
+    flags = [word for flag in LAUNCH_FLAGS if (value := getattr(args, flag[2:])) is not None for word in (flag, value)]
+    if args.accelerate is None and flags:
+        raise ValueError(f"{flags[0]} is for accelerate: give --accelerate NAME with it")
+    return None if args.accelerate is None else flags
 
 
 def _add(commands: Any, name: str, action: Action, example: str) -> None:

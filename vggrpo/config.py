@@ -71,6 +71,9 @@ class GrpoConfig:
     """"norm" is GRPO-Guard's RatioNorm, for videos; its clip is ~2e-6."""
     weights: dict[str, float] | None = None
     """Of the rewards; equal by default."""
+    gates: dict[str, str] = field(default_factory=dict)
+    """Reward: the one in [0, 1], such as motion_prior, that shuts out its samples, so that they are below all of their
+    group (`grpo.gated`). A gate needs no weight; one that has a weight is a reward as well."""
     aggregate: Aggregate = "normalize_then_sum"
     """Compare each reward in its group and then average (the paper), or the other way round."""
     baseline: Baseline = "z_score"
@@ -91,6 +94,9 @@ class GrpoConfig:
     """Of every random stream of the run."""
 
     def __post_init__(self) -> None:
+        for name, gate in self.gates.items():
+            _require(name in (self.weights or {}), f"gates: {name!r} is gated and has no weight: add it to weights")
+            _require(gate not in self.gates, f"gates: {gate!r} gates {name!r} and is gated itself: leave one out")
         _require(self.max_skipped >= 0, f"max_skipped must be >= 0, got {self.max_skipped}")
         _require(self.num_prompts >= 1, f"num_prompts must be >= 1, got {self.num_prompts}")
         _require(self.group_size >= 2, f"group_size must be >= 2: nothing to compare in a group of {self.group_size}")
@@ -103,6 +109,11 @@ class GrpoConfig:
             f"num_updates = {self.num_updates} and accumulate = {self.accumulate} cannot both exceed 1: "
             "a second update would be off-policy for half of the batch only",
         )
+
+    @property
+    def named(self) -> dict[str, float] | None:
+        """The weights of all rewards that are computed: 0 of those that only gate."""
+        return self.weights if self.weights is None else dict.fromkeys(self.gates.values(), 0.0) | self.weights
 
 
 @dataclass(frozen=True)
@@ -191,9 +202,10 @@ class VideoConfig:
     attention: str | None = None
     """What computes attention: a backend of diffusers', such as native, flash or sage; null: diffusers' own choice."""
     first_frames: str | None = None
-    """safetensors with "frames" [N 3 height width], RGB in [0, 1], the first frame of each prompt's video."""
+    """The first frame of each prompt's video: a folder of pictures, in the order of their names, or safetensors with
+    "frames" [N 3 height width], RGB in [0, 1]."""
     geometry: str = "assets/tiny-geometry"
-    """The geometry model whose tail the latent geometry model uses."""
+    """The geometry model whose tail the latent geometry model uses: a folder, or family:weights (`geometry_model`)."""
     lgm: str = "assets/tiny-lgm"
     """The latent geometry model, from `vggrpo stitch`."""
     prompts: str = "assets/prompts/train.txt"

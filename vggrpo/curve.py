@@ -12,16 +12,15 @@ from typing import Any
 from safetensors.torch import load_file
 
 from vggrpo.bootstrap.assets import save_json, sha256
+from vggrpo.build import trainable_times
 from vggrpo.checkpoint import MANIFEST, restore_weights
 from vggrpo.config import Recipe
 from vggrpo.evaluate.compare import CONSISTENCY, LEVEL, STEADINESS, Comparison, compare
 from vggrpo.evaluate.panel import load_panel
 from vggrpo.evaluate.value import Value
 from vggrpo.evaluation import Judging, as_json, judged_videos, load_decoder
-from vggrpo.policy.lora import add_lora
 from vggrpo.recipe import load_recipe
 from vggrpo.sample import Models, load_models
-from vggrpo.sft import load_transformer
 
 PLOTTED = (
     "sampson/stride_1", "sampson/stride_4", "jitter", "referee/path_jerk", "referee/reprojection", "displacement",
@@ -158,12 +157,13 @@ def _band(axes: Any, found: dict[int, Comparison], name: str, color: str, label:
 
 
 def _with_weights(models: Models, weights: Path, recipe: Recipe, device: str) -> Models:
-    from vggrpo.policy.wan import WanVelocity
+    from vggrpo.policy.wan_folder import adapt, load_velocity
 
-    assert recipe.video is not None
-    transformer = load_transformer(Path(recipe.video.model))
-    add_lora(transformer, recipe.video.lora)
-    network = WanVelocity(transformer).to(device)
+    video = recipe.video
+    assert video is not None
+    network = load_velocity(Path(video.model))
+    adapt(network, video.lora, video.lora_on, trainable_times(recipe.sampling), 1)
+    network = network.to(device)
     restore_weights(network, load_file(weights))
     return models._replace(network=network.requires_grad_(False).eval())
 

@@ -16,9 +16,11 @@ from vggrpo.camera_paths import follow
 from vggrpo.config import VideoConfig
 from vggrpo.decoded import Decoder
 from vggrpo.remote import remote_reward
-from vggrpo.trainer import OfRollout, RewardFn
+from vggrpo.trainer import OfBoth, OfRollout, RewardFn
 from vggrpo.types import Rollout
 
+TOLD = ("motion_prior", "camera_following")
+"""Shipped rewards that a recipe tells something beside the geometry."""
 GROUP = "vggrpo.rewards"
 """Of the entry points that packages may give their rewards."""
 
@@ -62,7 +64,10 @@ def further_rewards(
                 " give --allow-import if you trust it"
             )
         fn = import_reward(wanted.path)
-        found[name] = of_geometry(name, fn) if wanted.takes == "geometry" else of_video(name, fn, decode)
+        if wanted.takes == "geometry":
+            found[name] = of_geometry(name, fn)
+        else:
+            found[name] = (of_video if wanted.takes == "video" else of_both)(name, fn, decode)
     return found
 
 
@@ -104,6 +109,17 @@ def of_video(name: str, fn: Callable[[Tensor, list[str]], Tensor], decode: Calla
         return _tensor(name, fn(decode(rollout.z0), rollout.cond.prompt), rollout.z0)
 
     return OfRollout(lambda rollout: partial(score, rollout))
+
+
+def of_both(
+    name: str, fn: Callable[[Geometry, Tensor, list[str]], Tensor], decode: Callable[[Tensor], Tensor]
+) -> OfBoth:
+    """A reward (scene [B K ...], video [B K T 3 H W] in [0, 1], B prompts) -> [B K]; decoded when it is its turn."""
+
+    def score(scene: Geometry, rollout: Rollout) -> Tensor:
+        return _tensor(name, fn(scene, decode(rollout.z0), rollout.cond.prompt), rollout.z0)
+
+    return OfBoth(score)
 
 
 def _tensor(name: str, value: Any, like: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ def group_advantage(
     baseline: Baseline = "z_score",
     silent: Silent = "count",
     clamp: float | None = None,
+    gates: Mapping[str, str] = {},
 ) -> Float[Tensor, "B K"]:
     """How much better each sample is than its group: A = sum_i w_i A_i / sum_i w_i (VGGRPO: two rewards, w = 1/2).
 
@@ -48,11 +49,14 @@ def group_advantage(
             (the paper: the others then say less), "drop" averages over the rewards that have a say in that group, so
             that a floor that nobody touches does not make all steps smaller.
         clamp: limit |A|; Flow-GRPO uses 5.
+        gates: reward -> the reward that it is `gated` by; one of weight 0 may gate.
 
     Raises:
-        ValueError: no rewards, groups of one, shapes that differ, or weights that do not name the rewards.
+        ValueError: no rewards, groups of one, shapes that differ, weights that do not name the rewards, or a gate that
+            is none of them, or not in [0, 1].
     """
     used = _weighted(rewards, weights)
+    rewards = {**rewards, **{name: _gate(rewards, name, gate) for name, gate in gates.items()}}
     scored = torch.stack([rewards[name].isfinite() for name in used]).all(0)
     # float64: a sum of K equal fp32 rewards is then exact, so that equal rewards have std 0 and not 1e-9.
     r = torch.stack([rewards[name].double() for name in used]).where(scored, 0.0)
@@ -68,6 +72,21 @@ def group_advantage(
     if clamp is not None:
         advantage = advantage.clamp(-clamp, clamp)
     return advantage.to(next(iter(rewards.values())).dtype)
+
+
+def gated(reward: Float[Tensor, "B K"], gate: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """low + g (r - low): a sample whose gate is 1 has its reward; one whose gate is 0 is below all of its group.
+
+    low is as far below the group's worst as its best is above it, so that what the gate shuts out loses to every sample
+    that passes, whatever the reward's sign: to multiply a reward <= 0 by a gate of 0 would make it the best. The units
+    of the reward do not matter. Not finite where either is not; best and worst are of those samples where both are.
+    """
+    scored = reward.isfinite() & gate.isfinite()
+    r = reward.double()
+    best = r.masked_fill(~scored, -torch.inf).amax(-1, keepdim=True)
+    worst = r.masked_fill(~scored, torch.inf).amin(-1, keepdim=True)
+    low = 2 * worst - best
+    return torch.where(gate == 1, r, low + gate.double() * (r - low)).masked_fill(~scored, torch.nan).to(reward.dtype)
 
 
 def indifferent(reward: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:
@@ -100,6 +119,20 @@ def ratio_norm(
     smaller than for the plain ratio (GRPO-Guard: 2e-6), and the gain is divided by |dt|, which evens the gradients out.
     """
     return (log_ratio + drift) * std
+
+
+def _gate(rewards: Mapping[str, Tensor], name: str, gate: str) -> Float[Tensor, "B K"]:
+    for one in (name, gate):
+        if one not in rewards:
+            raise ValueError(f"gates name {one!r} but the rewards are {sorted(rewards)}")
+    g = rewards[gate]
+    finite = g[g.isfinite()]
+    if not ((finite >= 0) & (finite <= 1)).all():
+        raise ValueError(
+            f"{gate} cannot gate {name}: a gate must be in [0, 1], as motion_prior is, and it went from "
+            f"{float(finite.min()):.3g} to {float(finite.max()):.3g}"
+        )
+    return gated(rewards[name], g)
 
 
 def _weighted(rewards: Mapping[str, Tensor], weights: Mapping[str, float] | None) -> dict[str, float]:

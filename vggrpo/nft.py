@@ -18,7 +18,7 @@ from vggrpo import sampler
 from vggrpo.config import GrpoConfig, NftConfig
 from vggrpo.flow import interpolate, predict_z0
 from vggrpo.grpo import group_advantage
-from vggrpo.policy.flow_policy import FlowPolicy
+from vggrpo.policy.flow_policy import FlowPolicy, rows
 from vggrpo.runtime import Run
 from vggrpo.trainer import GeometryFn, RewardFn, score
 from vggrpo.types import Condition, Rollout, Streams
@@ -78,7 +78,7 @@ def train_nft(
             rollout = policy.rollout(run.mine(cond), run.num_members, generator)
             reward = run.gather(score(rewards, geometry(rollout.z0), rollout))
         advantage = group_advantage(
-            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent
+            reward, cfg.named, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, gates=cfg.gates
         )
         loss = nft_backward(policy, network, rollout, run.local(advantage), generator, run, nft)
         grad_norm = run.clip_and_step(optimizer, cfg.max_grad_norm)
@@ -102,11 +102,11 @@ def nft_backward(
 ) -> float:
     """Add the gradient of mean(limit nft_loss + anchor |v - v_ref|^2) over this rank's samples; returns the loss."""
     B, K = advantage.shape
-    z0, r = rollout.z0.flatten(0, 1), optimality(advantage).flatten()
+    z0, r = rollout.trajectory.sampled, optimality(advantage).flatten()  # a first frame that is given stays out of it
     streams = [generator.noising(b, k) for b in range(B) for k in range(K)]
     total = 0.0
     for part in policy.chunks(B * K):
-        c = rollout.trajectory.cond[part]
+        c = rows(rollout.trajectory.cond, part)
         for _ in range(nft.num_times):
             t = torch.cat([torch.rand(1, generator=stream) for stream in streams[part]]).to(z0)
             eps = sampler.normal(z0[part].shape, streams[part]).to(z0)

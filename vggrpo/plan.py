@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vggrpo.build import build, chosen_rewards
+from rewards import ESTIMATED
+from vggrpo.build import build, check_names
 from vggrpo.check import check
 from vggrpo.config import LaunchConfig, Recipe, VideoConfig
 from vggrpo.control import is_control
 from vggrpo.cost import Counts, Shape, evaluations, forward_flops, iteration_flops, peak_bytes
+from vggrpo.further_rewards import TOLD
 from vggrpo.runtime import Share, share_of
 
 LONG = 3e11
@@ -53,7 +55,28 @@ def planned(recipe: Recipe, *, rate: float | None = None) -> list[str]:
     ]
     if recipe.video is None:
         return ["model        the mixture, in two dimensions", *common]
+    check_formulas(recipe.video)
     return _video(recipe, recipe.video, counts, b * k, common, rate)
+
+
+def check_formulas(video: VideoConfig) -> None:
+    """Refuse a model whose cost the formulas do not say.
+
+    Raises:
+        ValueError: two transformers, or one that reads channels of a first frame.
+    """
+    from vggrpo.policy.wan_folder import read_layout
+
+    folder = Path(video.model)
+    if not folder.is_dir():
+        return
+    layout = read_layout(folder)
+    what = "has two transformers" if layout.boundary is not None else "reads a first frame as further channels"
+    if layout.boundary is not None or layout.told(video.first_frames is not None) == "channels":
+        raise ValueError(
+            f"{folder} {what}, for which there are no formulas: plan the model of the same widths that has one "
+            "transformer and takes prompts alone, and measure this one (vggrpo check)"
+        )
 
 
 def share(recipe: Recipe) -> Recipe:
@@ -80,7 +103,7 @@ def _video(
 
     sampling, prompts = recipe.sampling, read_prompts(video.prompts)
     if not is_control(recipe.grpo.weights):
-        chosen_rewards(recipe.grpo.weights, video.reward_form)
+        check_names(recipe.grpo.named, [*ESTIMATED, *TOLD, *video.imported, *video.remote])
     config, latent, per_token, judge = _model(video)
     shape = Shape.of(
         config, latent, video.max_len, video.lora.rank, _sharing(recipe),

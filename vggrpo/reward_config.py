@@ -12,8 +12,9 @@ class ImportedConfig:
 
     path: str
     """package.module:function, or the name of an installed entry point of the group vggrpo.rewards."""
-    takes: Literal["geometry", "video"] = "geometry"
-    """What it is called with: the scene, or the decoded video [B K T 3 H W] in [0, 1] and the B prompts."""
+    takes: Literal["geometry", "video", "both"] = "geometry"
+    """What it is called with: the scene; the decoded video [B K T 3 H W] in [0, 1] and the B prompts; or both, the
+    scene first, such as for `rewards.epipolar` with matches that you find in the video."""
 
 
 @dataclass(frozen=True)

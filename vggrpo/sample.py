@@ -8,7 +8,7 @@ Two ways to spend compute in place of training: best-of-n by reward, and guidanc
 (`guidance.guided`). The VAE is loaded for the mp4 alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,14 @@ from rewards import DEFAULT, ESTIMATED, PAPER
 from vggrpo.animate import check_animation
 from vggrpo.grpo import group_advantage
 from vggrpo.guidance import guided
-from vggrpo.policy.flow_policy import TextEncoder
+from vggrpo.policy.flow_policy import Complete, Encoder, Network, Told
 from vggrpo.sampler import draw, normal, time_grid
 from vggrpo.types import Condition, Streams
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 """`policy.lora.WEIGHTS`, without the libraries that it needs."""
+LORA_PARTS = ("", "transformer_2")
+"""Folders in a LoRA's: of the only or first transformer, and of the second."""
 SETS: dict[str, dict[str, float]] = {"default": DEFAULT, "paper": PAPER}
 
 
@@ -39,7 +41,9 @@ class Drawing:
     """How videos are drawn, from whatever model."""
 
     geometry: str = "assets/tiny-geometry"
-    """The geometry model whose tail the latent geometry model uses."""
+    """The geometry model whose tail the latent geometry model uses: a folder, or family:weights (`geometry_model`)."""
+    allow_import: bool = False
+    """Run the code that builds a geometry model (any4d)."""
     lgm: str = "assets/tiny-lgm"
     """The latent geometry model."""
     frames: int = 17
@@ -64,6 +68,9 @@ class Drawing:
     """What it moves away from."""
     guide_every: int = 4
     """Steps between two that are guided by geometry."""
+    first_frames: str | None = None
+    """The first frame of each prompt's video, for a model that is told of one: a folder of pictures, in the order of
+    their names, or safetensors with "frames" [N 3 height width], RGB in [0, 1]."""
     rewards: Literal["default", "paper"] = "default"
     """Which rewards choose and guide."""
     seed: int = 0
@@ -102,7 +109,7 @@ class SampleConfig(Drawing):
         super().check()
         if self.best_of < 1 or self.guidance_geometry < 0:
             raise ValueError("best_of must be >= 1, and guidance_geometry >= 0")
-        if self.lora is not None and not (Path(self.lora) / LORA_WEIGHTS).is_file():
+        if self.lora is not None and not any((Path(self.lora) / part / LORA_WEIGHTS).is_file() for part in LORA_PARTS):
             raise ValueError(f"{self.lora} has no {LORA_WEIGHTS}: it is not the folder of a LoRA")
         check_animation(self.animate)
 
@@ -112,11 +119,16 @@ class Models(NamedTuple):
 
     network: nn.Module
     """A `flow_policy.Network`."""
-    encode: TextEncoder
+    encode: Encoder
     lgm: LatentGeometryModel
     latent_shape: tuple[int, ...]
+    """Of what is sampled: all of a video but a first frame that is kept."""
     grid: Float[Tensor, " times"]
     """From noise to data."""
+    frames: Float[Tensor, "N 3 H W"] | None = None
+    """The first frame of each prompt's video, if the model is told of one."""
+    complete: Complete | None = None
+    """Puts a first frame that is kept before what was sampled."""
 
 
 class Sampled(NamedTuple):
@@ -139,23 +151,31 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     Raises:
         ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
     """
+    from vggrpo.data import read_prompts
+    from vggrpo.policy.first_frame import free_shape, put_first, read_first_frames
     from vggrpo.policy.prompt_cache import prompt_encoder
-    from vggrpo.policy.wan import WanVelocity, latent_shape, own_shift
-    from vggrpo.sft import load_transformer
+    from vggrpo.policy.wan import latent_shape, own_shift
+    from vggrpo.policy.wan_folder import load_loras, load_velocity, read_layout, tell_first_frames
     from vggrpo.stitch.load import load_lgm
 
     cfg.check()
     folder = Path(cfg.model)
-    shape = latent_shape(folder, cfg.frames, cfg.height, cfg.width)
-    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae").to(cfg.device)
-    transformer = load_transformer(folder)
-    for side, patch, name in zip(shape[2:], transformer.config.patch_size[1:], ("height", "width"), strict=True):
+    layout, size = read_layout(folder), (cfg.height, cfg.width)
+    shape = latent_shape(folder, cfg.frames, *size)
+    way = layout.told(cfg.first_frames is not None, "--first-frames")
+    lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae", cfg.allow_import).to(cfg.device)
+    frames = None
+    if cfg.first_frames is not None:  # of all prompts of the file, of which some may be wanted
+        frames = read_first_frames(cfg.first_frames, read_prompts(cfg.prompts), *size)[: len(prompts)]
+    network = load_velocity(folder)
+    patches = network.transformer.config.patch_size[1:]
+    for side, patch, name in zip(shape[2:], patches, ("height", "width"), strict=True):
         if side % patch:
             given = getattr(cfg, name)
             raise ValueError(f"{name} must be a multiple of {given // side * patch} for {folder}, got {given}")
     if cfg.lora is not None:
-        transformer.load_lora_adapter(cfg.lora, prefix="transformer", weight_name=LORA_WEIGHTS)
-    encode = prompt_encoder(
+        load_loras(network, Path(cfg.lora))
+    encode: Encoder = prompt_encoder(
         folder,
         [*prompts, cfg.negative_prompt],
         cfg.max_len,
@@ -163,9 +183,12 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
         device=cfg.device,
         dtype=getattr(torch, cfg.text_dtype),
     )
-    network = WanVelocity(transformer.requires_grad_(False).eval()).to(cfg.device)
+    if frames is not None:
+        encode = tell_first_frames(encode, folder, layout, frames, cfg.frames, cfg.device)  # type: ignore[arg-type]
+    network = network.requires_grad_(False).eval().to(cfg.device)
     grid = time_grid(cfg.num_steps, own_shift(folder) if cfg.shift is None else cfg.shift)
-    return Models(network, encode, lgm, shape, grid)
+    complete = put_first if way == "kept" else None
+    return Models(network, encode, lgm, free_shape(shape, way), grid, frames, complete)
 
 
 def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iterator[Sampled]:
@@ -174,12 +197,19 @@ def sample_videos(models: Models, prompts: list[str], cfg: SampleConfig) -> Iter
     for b, prompt in enumerate(prompts):
         streams = [Streams(cfg.seed, 0).member(b, k) for k in range(cfg.best_of)]
         z = normal((cfg.best_of, *models.latent_shape), streams).to(cfg.device)
-        under, negative = (models.encode(Condition([text])).to(cfg.device) for text in (prompt, cfg.negative_prompt))
+        frame = None if models.frames is None else models.frames[b : b + 1]
+        told, against = (models.encode(Condition([text], frame)) for text in (prompt, cfg.negative_prompt))
+        (under, *given), negative = (x.to(cfg.device) for x in _parts(told)), _parts(against)[0].to(cfg.device)
+
+        def whole(z0: Tensor, told: tuple[Tensor, ...] = (under, *given)) -> Tensor:
+            several = tuple(x.expand(len(z0), *x.shape[1:]) for x in told)
+            return z0 if models.complete is None else models.complete(several, z0)
+
         by_reward = None
         if cfg.guidance_geometry > 0:
-            reward = _total(models.lgm, weights)
+            reward = _total(lambda z0: models.lgm(whole(z0)), weights)
             by_reward = partial(guided, reward=reward, scale=cfg.guidance_geometry, grid=grid, every=cfg.guide_every)
-        z0 = draw(models.network, z, under, negative, grid, cfg.guidance_scale, by_reward)
+        z0 = whole(draw(_told(models.network, given), z, under, negative, grid, cfg.guidance_scale, by_reward))
         with torch.no_grad():
             scene = models.lgm(z0)
             scores = {name: ESTIMATED[name](scene) for name in weights}
@@ -229,7 +259,18 @@ def record(cfg: SampleConfig, number: int, one: Sampled) -> dict[str, Any]:
     }
 
 
-def _total(lgm: LatentGeometryModel, weights: dict[str, float]) -> Any:
+def _parts(told: Told) -> tuple[Tensor, ...]:
+    return (told,) if isinstance(told, Tensor) else told
+
+
+def _told(network: Network, given: list[Tensor]) -> Network:
+    """The network that is also told of a first frame, if there is one."""
+    if not given:
+        return network
+    return lambda z_t, t, text: network(z_t, t, (text, *(x.expand(len(z_t), *x.shape[1:]) for x in given)))
+
+
+def _total(lgm: Callable[[Tensor], Geometry], weights: dict[str, float]) -> Any:
     def reward(z0: Float[Tensor, "n C L h w"]) -> Float[Tensor, " n"]:
         scene = lgm(z0)
         return torch.stack([w * ESTIMATED[name](scene) for name, w in weights.items()]).sum(0) / sum(weights.values())

@@ -44,7 +44,9 @@ class ScoreConfig:
     model: str = "assets/tiny-wan"
     """Wan folder, for its VAE."""
     geometry: str = "assets/tiny-geometry"
-    """The geometry model."""
+    """The geometry model: a folder, or family:weights (`geometry_model`)."""
+    allow_import: bool = False
+    """Run the code that builds a geometry model (any4d)."""
     lgm: str = "assets/tiny-lgm"
     """The latent geometry model."""
     frames: int = 17
@@ -89,13 +91,17 @@ def load_model(cfg: ScoreConfig) -> GeometryModel:
     """
     cfg.check()
     if cfg.through == "rgb":
-        from vggrpo.bootstrap.geometry_publish import load_geometry
+        from vggrpo.geometry_model import load_geometry_model
 
-        return load_geometry(cfg.geometry)
-    from vggrpo.bootstrap.vae import encode, load_vae, normalise
+        return load_geometry_model(cfg.geometry, cfg.allow_import)
+    from diffusers import AutoencoderKLWan
+
+    from vggrpo.bootstrap.vae import encode, normalise
     from vggrpo.stitch.load import load_lgm
 
-    vae, lgm = load_vae(Path(cfg.model) / "vae"), load_lgm(cfg.lgm, cfg.geometry, Path(cfg.model) / "vae")
+    folder = Path(cfg.model) / "vae"
+    lgm = load_lgm(cfg.lgm, cfg.geometry, folder, cfg.allow_import)  # it has compared the VAE's files
+    vae = AutoencoderKLWan.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).eval()
     return lambda video: lgm(normalise(vae, encode(vae, video)))
 
 

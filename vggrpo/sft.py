@@ -4,6 +4,7 @@ Every step draws from a generator of its own, seeded by the run's seed and the s
 average, the optimiser's moments and the step has to be kept.
 """
 
+import json
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ def new_transformer(size: WanSize, channels: int, text_dim: int) -> WanTransform
 
 
 def load_transformer(folder: Path) -> WanTransformer3DModel:
-    """The transformer of a Wan folder, in fp32.
+    """The transformer of a Wan folder, in fp32; the first, where there are two.
 
     Raises:
         ValueError: the folder has none.
@@ -57,12 +58,34 @@ def load_transformer(folder: Path) -> WanTransformer3DModel:
     )
 
 
+def check_alone(folder: Path, what: str = "finetuning on clips") -> None:
+    """Refuse a Wan for `what`, which knows of one transformer, and of prompts alone.
+
+    Raises:
+        ValueError: it has two transformers, or one that must be told of a first frame.
+    """
+    if (folder / "transformer_2").is_dir():
+        raise ValueError(
+            f"{folder} has two transformers, each for some times, and {what} knows of one: take a Wan that has one "
+            "(2.1, or 2.2 TI2V-5B), or train this one by reward (vggrpo train, video.lora_on)"
+        )
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {"in_channels": 0}
+    if config["in_channels"] != (config.get("out_channels") or config["in_channels"]):
+        raise ValueError(
+            f"{folder} makes videos of a first frame, which {what} does not tell it of: take a Wan that takes prompts "
+            "alone (T2V, or 2.2 TI2V-5B), or train this one by reward (vggrpo train, video.first_frames)"
+        )
+
+
 def finetune(recipe: SftRecipe, say: Callable[[str], None]) -> Training:
     """All of a finetuning, from encoding the clips to the last step; what was done before is not done again.
 
     Raises:
-        ValueError: from `load_encoders`, `encode_clips` and `start_sft`.
+        ValueError: from `check_alone`, `load_encoders`, `encode_clips` and `start_sft`.
     """
+    if recipe.new is None:
+        check_alone(Path(recipe.model))
     encoders = load_encoders(Path(recipe.model), recipe.max_len, recipe.device)
     data, held_out = (encode_clips(clips, encoders, say) for clips in (recipe.data, recipe.held_out))
     del encoders  # the training needs their memory, not them

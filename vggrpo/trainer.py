@@ -34,7 +34,14 @@ class OfRollout(NamedTuple):
     """The rollout -> what waits for its [B K]: all such rewards are asked before the others are computed."""
 
 
-RewardFn = Callable[[Any], Tensor] | OfCondition | OfRollout
+class OfBoth(NamedTuple):
+    """A reward that compares a geometry with the samples themselves."""
+
+    reward: Callable[[Any, Rollout], Tensor]
+    """Scene and rollout -> [B K]."""
+
+
+RewardFn = Callable[[Any], Tensor] | OfCondition | OfRollout | OfBoth
 """Scene -> [B K]; bigger is better, NaN is 'cannot be scored'."""
 
 
@@ -69,7 +76,13 @@ def train(
             with clock("reward"):
                 reward = run.gather(score(rewards, scene, rollout))
         advantage = group_advantage(
-            reward, cfg.weights, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, clamp=cfg.clamp
+            reward,
+            cfg.named,
+            aggregate=cfg.aggregate,
+            baseline=cfg.baseline,
+            silent=cfg.silent,
+            clamp=cfg.clamp,
+            gates=cfg.gates,
         )
         grad_norm = None
         with clock("update"):
@@ -135,17 +148,19 @@ def score(rewards: Mapping[str, RewardFn], scene: Any, rollout: Rollout) -> dict
         ValueError: a reward that is not one number per sample, by name.
     """
     asked = {name: fn.ask(rollout) for name, fn in rewards.items() if isinstance(fn, OfRollout)}
-    found = {
-        name: fn.reward(scene, rollout.cond) if isinstance(fn, OfCondition) else fn(scene)
-        for name, fn in rewards.items()
-        if not isinstance(fn, OfRollout)
-    }
+    found = {name: _now(fn, scene, rollout) for name, fn in rewards.items() if not isinstance(fn, OfRollout)}
     found |= {name: wait() for name, wait in asked.items()}
     reward = {name: found[name] for name in rewards}
     for name, r in reward.items():
         if r.shape != rollout.z0.shape[:2]:
             raise ValueError(f"reward {name!r} must be [B K] = {list(rollout.z0.shape[:2])}, got {list(r.shape)}")
     return reward
+
+
+def _now(fn: Callable[[Any], Tensor] | OfCondition | OfBoth, scene: Any, rollout: Rollout) -> Tensor:
+    if isinstance(fn, OfCondition):
+        return fn.reward(scene, rollout.cond)
+    return fn.reward(scene, rollout) if isinstance(fn, OfBoth) else fn(scene)
 
 
 def summary(

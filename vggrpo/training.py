@@ -23,8 +23,8 @@ from vggrpo.session import Session
 from vggrpo.sharded import restore_moments, whole_moments, whole_weights
 from vggrpo.signals import STATUS, Interrupted, Signals
 from vggrpo.trackers import Trackers
-from vggrpo.trainer import OfCondition, OfRollout, RewardFn, train
-from vggrpo.types import Condition
+from vggrpo.trainer import OfBoth, OfCondition, OfRollout, RewardFn, train
+from vggrpo.types import Condition, Rollout
 
 AVERAGE = "average"
 """Folder of the averaged LoRA, in a run's, and file of a checkpoint."""
@@ -138,27 +138,22 @@ class Training:
             self.keep()
 
     def _export(self, weights: dict[str, Tensor], where: str) -> None:
-        from vggrpo.policy.lora import save_lora
+        from vggrpo.policy.wan_folder import save_loras
 
-        for part, transformer in self.bare.transformers().items():
-            if getattr(transformer, "peft_config", None):
-                own = {name.removeprefix(f"{part}."): x for name, x in weights.items() if name.startswith(f"{part}.")}
-                folder = self.session.folder / where / ("" if part == "transformer" else part)
-                folder.mkdir(exist_ok=True, parents=True)
-                save_lora(transformer, folder, own)
+        save_loras(self.bare, self.session.folder / where, weights)
 
     def _polled(self, reward: RewardFn) -> RewardFn:
         """The same reward, before which ranks agree whether to stop; one that is asked early is not held up."""
 
-        def judged(scene: Any, *cond: Condition) -> Tensor:
+        def judged(scene: Any, *more: Condition | Rollout) -> Tensor:
             self.run.agree()
-            return fn(scene, *cond)
+            return fn(scene, *more)
 
         if isinstance(reward, OfRollout):
             return reward
-        if isinstance(reward, OfCondition):
+        if isinstance(reward, OfCondition | OfBoth):
             fn: Callable[..., Tensor] = reward.reward
-            return OfCondition(judged)
+            return type(reward)(judged)
         fn = reward
         return judged
 

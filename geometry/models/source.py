@@ -55,7 +55,10 @@ def pretrained(source: Source, kind: Any, weights: str) -> nn.Module:
         module: nn.Module = kind.from_pretrained(weights)
     except Exception as error:  # the hub's client and its transports have no error in common
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load {weights} ({reason}): {source}") from error
+        told = f"{type(error).__name__} {error}".lower()
+        closed = any(word in told for word in ("gated", "restricted", "401", "403"))
+        remedy = "accept its terms on its page on the hub and log in (hf auth login); " if closed else ""
+        raise ValueError(f"cannot load {weights} ({reason}): {remedy}{source}") from error
     return module
 
 

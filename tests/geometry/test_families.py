@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -306,9 +307,14 @@ def test_loading_needs_the_package_and_says_so(adapter, package, name, monkeypat
         raise OSError(f"401: access to {weights} is restricted\nsecond line")
 
     kind.from_pretrained = staticmethod(gated)
-    with pytest.raises(ValueError, match=r"cannot load a/folder \(401: access to a/folder is restricted\): ") as error:
+    with pytest.raises(
+        ValueError, match=r"cannot load a/folder \(401: access .* restricted\): accept its terms"
+    ) as error:
         adapter.load("a/folder")
     assert "\n" not in str(error.value)
+    monkeypatch.setattr(kind, "from_pretrained", staticmethod(lambda weights: Path(weights).read_bytes()))
+    with pytest.raises(ValueError, match=r"cannot load a/folder \(.*No such file.*\): " + adapter.SOURCE.name):
+        adapter.load("a/folder")
 
 
 def test_depth_anything_3_itself(tmp_path):

@@ -2,6 +2,8 @@
 
 import copy
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -262,3 +264,39 @@ def test_nothing_to_fit_or_to_rank_is_refused(vae):
         rank_layers({}, [])
     with pytest.raises(ValueError, match="no held-out clips"):
         rank_layers({"blocks.0": LatentGeometryModel(backbone, "blocks.0", blank)}, [])
+
+
+def test_ranks_that_share_the_clips_solve_and_rank_as_one_does(vae):
+    """Two threads in place of processes, each with a backbone and clips of its own; sums are added where both wait."""
+    samples = [Sample(vae.encode(x), x) for x in make_clips(range(40, 46), frames=9, size=(32, 48)).video.split(1)]
+    net = Connector(vae.spec, 48, mode="frames")
+
+    def rank(mine, total):
+        models = stitch(vgglike(), net, mine[:2], ridge=1e-2, total=total)
+        return rank_layers(models, mine[2:], total=total)
+
+    meet, parts = threading.Barrier(2, timeout=60), {}
+
+    def summed(index, x):
+        parts[index] = x.clone()
+        meet.wait()
+        whole = parts[0] + parts[1]
+        meet.wait()
+        return whole
+
+    with ThreadPoolExecutor(2) as pool:
+        shares = [samples[0::2], samples[1::2]]
+        two = list(pool.map(rank, shares, [lambda x, i=i: summed(i, x) for i in range(2)]))
+    whole = stitch(vgglike(), net, samples[:4], ridge=1e-2)
+    expected = rank_layers(whole, samples[4:])
+    alone = stitch(vgglike(), net, samples[0:4:2], ridge=1e-2)
+    for found in two:
+        assert [layer.point for layer in found] == [layer.point for layer in expected]
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.model.connector.conv.weight, wanted.model.connector.conv.weight)
+            torch.testing.assert_close(ours.model.prefix, wanted.model.prefix)
+            assert ours.r2 == pytest.approx(wanted.r2, abs=1e-5)
+            assert ours.distances == pytest.approx(wanted.distances, rel=1e-4)
+    point = expected[0].point  # the control: a rank that keeps to its own clips
+    gap = alone[point].connector.conv.weight - whole[point].connector.conv.weight
+    assert gap.abs().max() > 1e-3

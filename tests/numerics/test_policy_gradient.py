@@ -70,7 +70,7 @@ def enumerated(policy: FlowPolicy, eps: Tensor, start: float) -> Rollout:
     steps = policy.cfg.window.steps(0, policy.cfg.num_steps)
     z0 = states[-1] - float(policy.grid[steps.stop]) * theta
     none = torch.zeros(B * K, 1)
-    notes = FlowTrajectory(steps, torch.stack(states).float()[..., None], None, none, none)
+    notes = FlowTrajectory(steps, torch.stack(states).float()[..., None], None, none, none, z0.float()[:, None])
     return Rollout(Condition([""] * B), z0.view(B, K, 1), torch.stack(log_prob, -1).view(B, K, S).float(), notes)
 
 

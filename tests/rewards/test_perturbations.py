@@ -11,6 +11,7 @@ from geometry.world import PERTURBATIONS, make_clips
 from geometry.world.perturb import frozen
 from rewards import DEFAULT, PAPER, REWARDS, camera_following, camera_motion, epipolar, motion_prior
 from tests.rewards.test_epipolar import matches_of
+from vggrpo.grpo import group_advantage
 
 SEEDS = range(31_000, 31_016)
 SEES = {
@@ -167,3 +168,18 @@ def test_freeze_gate_holds_in_a_larger_group(moving):
     ranks = advantage(DEFAULT, *group)
     assert (ranks[-1] < ranks[:-1].amin(0)).float().mean() > 0.9
     assert (ranks[-1] < ranks[0]).all()
+
+
+def test_freeze_gate_the_papers_two_rewards_pass_where_the_motion_prior_gates_them(moving, fresh, keep):
+    """No floor beside them: `grpo.gates: {motion_smoothness: motion_prior, reprojection_consistency: motion_prior}`."""
+    prior = partial(motion_prior, base=camera_motion(fresh.geometry, stride=8)[keep])
+    group = {name: torch.stack([REWARDS[name](scene) for scene in moving], -1) for name in PAPER}  # [prompts, 2]
+    group["motion_prior"] = torch.stack([prior(scene) for scene in moving], -1)
+    gates = dict.fromkeys(PAPER, "motion_prior")
+    truth, still = group_advantage(group, PAPER | {"motion_prior": 0.0}, gates=gates).unbind(-1)
+    assert (still < truth).all()
+    truth, still = group_advantage(group, PAPER | {"motion_prior": 0.0}).unbind(-1)
+    assert (still > truth).all()  # the control: computed, and gating nothing
+    shuffled = group | {"motion_prior": group["motion_prior"].flip(-1)}
+    truth, still = group_advantage(shuffled, PAPER | {"motion_prior": 0.0}, gates=gates).unbind(-1)
+    assert (still > truth).all()  # the control: each other's gate

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load, save_file
 
-from rewards import camera_motion
+from rewards import Matches, camera_motion, epipolar
 from tests.rewards.helpers import line, walk
 from vggrpo import cli, further_rewards
 from vggrpo.base_motion import prior_of
@@ -44,6 +44,17 @@ def brightness(video, prompts):
 def first_depth(scene):
     """A reward of a geometry."""
     return scene.depth[..., 0, 0, 0]
+
+
+def follows_the_epipolar_lines(scene, video, prompts):
+    """`rewards.epipolar` with matches of one's own: here, that nothing moves in the picture."""
+    assert list(video.shape[:3]) == [*scene.depth.shape[:2], 5]
+    assert len(prompts) == len(video)
+    batch, (H, W) = scene.batch, scene.depth.shape[-2:]
+    rng = torch.Generator().manual_seed(0)
+    at = torch.rand(*batch, 1, 16, 2, generator=rng) * torch.tensor([W, H])
+    pairs = torch.tensor([0]), torch.tensor([4])
+    return epipolar(scene, Matches(*pairs, at, at, torch.ones(*batch, 1, 16, dtype=torch.bool)), baseline=1e-4)
 
 
 def no_pixels(z0):
@@ -378,14 +389,16 @@ def test_a_run_learns_from_all_of_them(served, tmp_path):
         *(f"video.prompts={tmp_path}/two.txt", f"video.cameras={tmp_path}/paths.safetensors", "video.motion_samples=1"),
         *("video.frames=5", "video.height=32", "video.width=32", "sampling.num_steps=2", "sampling.guidance_scale=1"),
         *("sampling.window={size: 1, stop: 1}", "grpo.group_size=3", "grpo.num_iterations=1", "optimizer.lr=0.01"),
-        f"video.imported={{bright: {{path: '{HERE}:brightness', takes: video}}}}",
+        f"video.imported={{bright: {{path: '{HERE}:brightness', takes: video}}, "
+        f"lines: {{path: '{HERE}:follows_the_epipolar_lines', takes: both}}}}",
         f"video.remote={{far: {{url: '{url}', takes: latents}}}}",
-        "grpo.weights={bright: 1, far: 1, camera_following: 1, motion_prior: 1, scene_smoothness: 1}",
+        "grpo.weights={bright: 1, far: 1, camera_following: 1, lines: 1, scene_smoothness: 1}",
+        "grpo.gates={scene_smoothness: motion_prior}",
     ]
     assert cli.main(["train", RECIPE, *words, f"out={tmp_path}/run", "--allow-import"]) == 0
     assert asked == [([3, 16, 2, 4, 4], ["The camera pans left."] * 3)]
     numbers = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    for name in ("bright", "far", "camera_following", "motion_prior", "scene_smoothness"):
+    for name in ("bright", "far", "camera_following", "lines", "motion_prior", "scene_smoothness"):
         assert math.isfinite(numbers[f"reward/{name}/mean"]), name
         assert numbers[f"reward/{name}/std"] > 0, name
     assert numbers["grad_norm"] > 0
@@ -406,8 +419,12 @@ REMOTE = "video.remote={vlm: {url: 'http://10.1.2.3/'}}"
         ([REMOTE, "grpo.weights={vlm: 1}"], "say other_machines: true if they may"),
         (["grpo.weights={motion_prior: 1}", "video.motion_samples=0"], "set video.motion_samples"),
         (["grpo.weights={camera_following: 1}"], "video.cameras and the reward camera_following go together"),
+        (["grpo.weights={epipolar: 1}"], "epipolar needs correspondences that someone else found, and none ship"),
+        (["grpo.gates={motion_smoothness: motion_prior}", "video.motion_samples=0"], "set video.motion_samples"),
+        (["grpo.gates={motion_smoothness: motion_pior}"], "no reward 'motion_pior': did you mean 'motion_prior'"),
+        (["grpo.gates={smooth: motion_prior}"], "grpo: gates: 'smooth' is gated and has no weight"),
         (["video.cameras=nowhere"], "video.cameras and the reward camera_following go together"),
-        (["video.imported={mine: {path: 'a:b', takes: pixels}}"], "takes must be one of geometry, video"),
+        (["video.imported={mine: {path: 'a:b', takes: pixels}}"], "takes must be one of geometry, video, both"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys, tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vggrpo.grpo import clipped_surrogate, group_advantage, indifferent, ratio_norm
+from vggrpo.config import GrpoConfig
+from vggrpo.grpo import clipped_surrogate, gated, group_advantage, indifferent, ratio_norm
 
 NAN = float("nan")
 
@@ -194,3 +195,50 @@ def test_a_silent_reward_can_be_left_out_of_the_average_group_by_group():
     torch.testing.assert_close(dropped[1], counted[1])  # there the floor has a say
     nobody = group_advantage({"a": torch.ones(1, 3), "b": torch.zeros(1, 3)}, silent="drop")
     assert torch.equal(nobody, torch.zeros(1, 3))
+
+
+def test_a_gate_of_one_changes_nothing_and_a_gate_of_zero_is_below_the_whole_group():
+    r = torch.tensor([[-0.3, -0.1, -0.5, -0.2]])  # a reward <= 0, as most are
+    torch.testing.assert_close(gated(r, torch.ones(1, 4)), r, rtol=0, atol=0)
+    half = gated(r, torch.tensor([[1.0, 0.0, 1.0, 0.5]]))
+    torch.testing.assert_close(half, torch.tensor([[-0.3, -0.9, -0.5, -0.55]]))  # low = -0.5 - (0.5 - 0.1)
+    shut = r * torch.tensor([[1.0, 0.0, 1.0, 0.5]])
+    assert shut.argmax() == 1  # the control: to multiply would make the second, which is shut out, the best
+    assert half.argmin() == 1
+    torch.testing.assert_close(gated(3 * r - 7, torch.tensor([[1.0, 0.0, 1.0, 0.5]])), 3 * half - 7)
+
+
+def test_a_gate_judges_only_those_that_both_can_score():
+    r = torch.tensor([[1.0, 2.0, NAN, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    g = torch.tensor([[1.0, 0.5, 1.0, NAN], [0.0, 1.0, 0.2, 1.0]])
+    found = gated(r, g)
+    torch.testing.assert_close(found[0, :2], torch.tensor([1.0, 1.0]))  # low = 1 - (2 - 1); 9 does not count
+    assert found[0, 2:].isnan().all()
+    assert found[1].eq(1).all()  # no one is better than another: nothing to take away
+    every = gated(torch.full((1, 3), NAN), torch.ones(1, 3))
+    assert every.isnan().all()
+
+
+def test_a_gate_needs_no_weight_and_its_gated_rewards_are_compared_as_any():
+    r, gate = torch.tensor([[0.1, 0.4, 0.9]]), torch.tensor([[1.0, 1.0, 0.0]])
+    cfg = GrpoConfig(weights={"r": 2.0}, gates={"r": "gate"})
+    assert cfg.named == {"gate": 0.0, "r": 2.0}
+    found = group_advantage({"gate": gate, "r": r}, cfg.named, gates=cfg.gates)
+    torch.testing.assert_close(found, group_advantage({"r": gated(r, gate)}))
+    assert found.argmax() == 1
+    assert group_advantage({"r": r}).argmax() == 2  # the control: without the gate
+    both = GrpoConfig(weights={"r": 1.0, "gate": 3.0}, gates={"r": "gate"})
+    assert both.named == {"gate": 3.0, "r": 1.0}
+    assert GrpoConfig().named is None
+
+
+def test_what_cannot_gate_is_one_line():
+    rewards = {"r": torch.tensor([[0.1, 0.4]]), "floor": torch.tensor([[0.0, -1.0]])}
+    with pytest.raises(ValueError, match=r"floor cannot gate r: a gate must be in \[0, 1\], .* it went from -1 to 0"):
+        group_advantage(rewards, {"r": 1.0, "floor": 0.0}, gates={"r": "floor"})
+    with pytest.raises(ValueError, match=r"gates name 'prior' but the rewards are \['floor', 'r'\]"):
+        group_advantage(rewards, gates={"r": "prior"})
+    with pytest.raises(ValueError, match="gates: 'r' is gated and has no weight: add it to weights"):
+        GrpoConfig(gates={"r": "g"})
+    with pytest.raises(ValueError, match="gates: 'b' gates 'a' and is gated itself: leave one out"):
+        GrpoConfig(weights={"a": 1.0, "b": 1.0}, gates={"a": "b", "b": "c"})

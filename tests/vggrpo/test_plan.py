@@ -218,7 +218,7 @@ def test_a_process_of_one_member_still_compares_two():
     ("more", "message"),
     [
         (["video.prompts=nowhere.txt"], "no prompts at nowhere.txt"),
-        (["video.model=assets/tiny-lgm"], "has no vae/config.json"),
+        (["video.model=assets/tiny-lgm"], "has no model_index.json: it must be a Wan pipeline in diffusers layout"),
         (["video.lgm=assets/tiny-wan"], "is no latent geometry model"),
         (["grpo.weights={motion_smothness: 1}"], "did you mean 'motion_smoothness'?"),
         (["launch.num_processes=3"], "cannot be shared by 3 ranks"),

@@ -254,7 +254,18 @@ def test_wan22_a14b_is_sampled_as_diffusers_samples_it_bit_for_bit(wan22_moe):
     for alone in network.transformers().values():  # the control: neither transformer alone
         assert not torch.allclose(sampled(WanVelocity(alone)), expected, atol=1e-4)
     with pytest.raises(ValueError, match=r"on both sides of the boundary 0\.7 in one batch"):
-        network(z.expand(2, -1, -1, -1, -1), torch.tensor([0.9, 0.1]), texts(wan22_moe)[0])
+        network.at(torch.tensor([0.9, 0.1]))
+
+
+def test_times_on_both_sides_of_the_boundary_are_asked_apart(wan22_moe):
+    network, t, text = load_velocity(wan22_moe), torch.tensor([0.1, 0.9, 0.8]), texts(wan22_moe)[0]
+    z = torch.randn(3, *noise(wan22_moe).shape[1:], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        together = network(z, t, text.expand(3, -1, -1))
+        alone = torch.cat([network(z[i : i + 1], t[i : i + 1], text) for i in range(3)])
+        wrong = torch.cat([WanVelocity(network.transformer)(z[i : i + 1], t[i : i + 1], text) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert (wrong[0] - together[0]).abs().max() > 1e-3  # the control: the other transformer, below the boundary
 
 
 def built(folder: Path, tmp_path: Path, monkeypatch, *settings: str, frames: torch.Tensor | None = None) -> Parts:

@@ -74,12 +74,18 @@ def load_geometry(folder: str | Path) -> HookedBackbone:
     """The embedded geometry model, `(video, intrinsics or None) -> Geometry`, in evaluation mode.
 
     Raises:
-        ValueError: no card, a file that is missing, or one with other bytes than the card says.
+        ValueError: no card, a file that is missing, one with other bytes than the card says, or another model.
     """
     folder = Path(folder)
     read_card(folder)
-    known = json.loads((folder / CONFIG).read_text())
-    config = TinyConfig(**{**known, "pairs": tuple(known["pairs"])})
+    try:
+        known = json.loads((folder / CONFIG).read_text())
+        config = TinyConfig(**{**known, "pairs": tuple(known["pairs"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is not an embedded geometry model ({type(error).__name__}: {error}): give assets/tiny-geometry, "
+            "or family:weights for another one"
+        ) from None
     network = TinyGeometry(config)
     network.load_state_dict(load_file(folder / WEIGHTS))
     return HookedBackbone(network, spec(config), call, parse).eval()

@@ -19,20 +19,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vggrpo.data import DataConfig, read_frames
 from vggrpo.policy.flow_policy import Encoder, TextEncoder, Told
 from vggrpo.types import Condition
 
 Way = Literal["kept", "channels"]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 WORDS = 512
 """Tokens of a prompt that diffusers' attention takes for granted where there is an image to attend to."""
 
 
 def read_first_frames(file: str, prompts: Sequence[str], height: int, width: int) -> Float[Tensor, "N 3 H W"]:
-    """The first frame of each prompt's video, RGB in [0, 1]: "frames" of a safetensors file.
+    """The first frame of each prompt's video, RGB in [0, 1]: "frames" of a safetensors file, or a folder's pictures by
+    name, each scaled until it covers height x width, its middle kept.
 
     Raises:
-        ValueError: no such file, or not a picture of this size for every prompt.
+        ValueError: no such file, or not a picture (in a file: of this size) for every prompt.
     """
+    if Path(file).is_dir():
+        return _pictures(Path(file), len(prompts), height, width)
     try:
         found = load_file(Path(file))
     except (OSError, SafetensorError) as error:
@@ -151,6 +156,17 @@ def free_shape(shape: tuple[int, int, int, int], way: Way | None) -> tuple[int, 
 def put_first(told: Told, z0: Float[Tensor, "n C rest h w"]) -> Float[Tensor, "n C L h w"]:
     """The whole video where the first frame is kept: for `FlowPolicy(complete=)`."""
     return torch.cat([told[1].to(z0), z0], dim=2)
+
+
+def _pictures(folder: Path, count: int, height: int, width: int) -> Float[Tensor, "N 3 H W"]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if len(paths) != count:
+        raise ValueError(
+            f"{folder} must hold {count} pictures ({', '.join(PICTURES)}), one for each prompt in the order of their "
+            f"names, got {len(paths)}"
+        )
+    how = DataConfig(videos="", frames=1, height=height, width=width)
+    return torch.cat([read_frames([path], how) for path in paths]).float() / 255
 
 
 def _name(frame: Float[Tensor, "3 H W"]) -> str:

@@ -50,6 +50,8 @@ class FlowTrajectory:
     """Of the Gaussian steps, fp32; only for RatioNorm."""
     cond: Told
     negative: Told
+    sampled: Float[Tensor, "n *latent"]
+    """The samples, without what was given and not sampled."""
 
 
 class FlowPolicy:
@@ -141,8 +143,9 @@ class FlowPolicy:
             means=_by_step(means, len(steps)) if self.keep_means else None,
             cond=c,
             negative=negative,
+            sampled=torch.cat([walk.z0 for walk in walks]),
         )
-        z0 = self.complete(c, torch.cat([walk.z0 for walk in walks])).unflatten(0, (B, K))
+        z0 = self.complete(c, trajectory.sampled).unflatten(0, (B, K))
         return Rollout(cond, z0, torch.cat([walk.log_prob for walk in walks]).view(B, K, len(steps)), trajectory)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -76,6 +77,32 @@ def save_lora(transformer: WanTransformer3DModel, folder: Path, weights: Mapping
     )
     (config,) = transformer.peft_config.values()
     save_file(native_names(chosen, float(config.lora_alpha)), folder / COMFYUI)
+
+
+def check_lora(transformer: nn.Module, file: Path) -> None:
+    """Compare a LoRA with the transformer that is to have it, of whatever rank it is.
+
+    Raises:
+        ValueError: a file that is damaged, or whose updates are of maps that this transformer has not.
+    """
+    try:
+        with safe_open(file, "pt") as found:
+            shapes = {key: found.get_slice(key).get_shape() for key in found.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
+    maps = {name: part for name, part in transformer.named_modules() if isinstance(part, nn.Linear)}
+    for key, shape in shapes.items():
+        path, _, side = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
+        if side not in ("lora_A", "lora_B") or not key.startswith("transformer."):
+            raise ValueError(f"{file} holds {key}: it must be a Wan's LoRA in diffusers' form, as vggrpo train has it")
+        part, axis = maps.get(path), 1 if side == "lora_A" else 0
+        ours = None if part is None else part.weight.shape[axis]
+        if ours != shape[axis]:
+            there = "has no such map" if ours is None else f"has {ours} there"
+            raise ValueError(
+                f"{file} is a LoRA of another model: {path} has {shape[axis]} channels in it, and this transformer "
+                f"{there}; give it to the model that it was trained on"
+            )
 
 
 def native_names(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

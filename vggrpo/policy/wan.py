@@ -19,6 +19,7 @@ from vggrpo.bootstrap.assets import sha256
 from vggrpo.bootstrap.text import TextStage, encode_prompts
 from vggrpo.bootstrap.vae import encode, normalise
 from vggrpo.data import Encoders
+from vggrpo.policy.flow_policy import rows
 
 TIMESTEPS = 1000.0
 AT_ONCE = 4
@@ -113,7 +114,13 @@ class WanVelocity(nn.Module):
     def forward(
         self, z_t: Float[Tensor, "n C L h w"], t: Float[Tensor, " n"], told: Tensor | tuple[Tensor, ...]
     ) -> Float[Tensor, "n C L h w"]:
-        """v at flow times t in [0, 1]."""
+        """v at flow times t in [0, 1]; where they lie on both sides of the boundary, each side is asked by itself."""
+        if self.boundary is not None:
+            high = TIMESTEPS * t >= self.boundary * TIMESTEPS
+            if high.any() and not high.all():
+                sides = [side.nonzero()[:, 0] for side in (high, ~high)]
+                v = torch.cat([self(z_t[side], t[side], rows(told, side)) for side in sides])
+                return v[torch.cat(sides).argsort()]
         text, frame, image = (*((told,) if isinstance(told, Tensor) else told), None, None)[:3]
         assert text is not None
         first = first_rows(text) if image is None else first_rows(text, image)
@@ -156,12 +163,22 @@ def first_rows(*told: Float[Tensor, "n _ _"]) -> Int64[Tensor, " prompts"]:
     return first if equal else torch.arange(n, device=device)
 
 
+def check_there(folder: Path) -> None:
+    """Raises ValueError, one line, where there is no such folder: it may be a name on the hub, which is not asked."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}: if this is a hub id, fetch it first where there is a network "
+            f"(hf download {folder} --local-dir DIR) and give DIR"
+        )
+
+
 def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(C, L, h, w) of a video of this size in the latents of a Wan folder's VAE.
 
     Raises:
         ValueError: no VAE there, or a size that its strides do not divide.
     """
+    check_there(folder)
     path = folder / "vae" / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no vae/config.json: it must be a Wan model in diffusers layout")
@@ -206,6 +223,7 @@ def load_encoders(folder: Path, max_len: int, device: str) -> Encoders:
     Raises:
         ValueError: the folder lacks one of them.
     """
+    check_there(folder)
     parts = ("vae", "text_encoder", "tokenizer")
     for part in parts:
         if not (folder / part).is_dir():

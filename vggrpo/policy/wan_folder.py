@@ -6,6 +6,7 @@ Wan2.2-TI2V-5B      a time for each token; with or without a first frame, which 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from vggrpo.config import LoraSize
 from vggrpo.policy.first_frame import Way, load_sight, with_first_frames
 from vggrpo.policy.flow_policy import Encoder, TextEncoder
-from vggrpo.policy.lora import add_lora
-from vggrpo.policy.wan import WanVelocity
+from vggrpo.policy.lora import WEIGHTS, add_lora, check_lora, save_lora
+from vggrpo.policy.wan import WanVelocity, check_there
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 LoraOn = Literal["high", "low", "both"]
@@ -36,16 +37,16 @@ class Layout(NamedTuple):
     sight: bool
     """It reads CLIP's view of the first frame."""
 
-    def told(self, given: bool) -> Way | None:
-        """How it is told of first frames, if they are given.
+    def told(self, given: bool, key: str = "video.first_frames") -> Way | None:
+        """How it is told of first frames, if they are given (by `key`).
 
         Raises:
             ValueError: the model cannot be told of them, or cannot go without.
         """
         if given and self.way is None:
-            raise ValueError("video.first_frames is given, but the model takes prompts alone: leave it out")
+            raise ValueError(f"{key} is given, but the model takes prompts alone: leave it out")
         if not given and self.way == "channels":
-            raise ValueError("the model makes videos of a first frame: set video.first_frames")
+            raise ValueError(f"the model makes videos of a first frame: set {key}")
         return self.way if given else None
 
 
@@ -55,11 +56,7 @@ def read_layout(folder: Path) -> Layout:
     Raises:
         ValueError: no such folder, one that is no Wan in diffusers layout, or parts that do not go together.
     """
-    if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}: if this is a hub id, fetch it first where there is a network "
-            f"(hf download {folder} --local-dir DIR) and give DIR"
-        )
+    check_there(folder)
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{folder} has no model_index.json: it must be a Wan pipeline in diffusers layout, as the repositories are "
@@ -142,6 +139,50 @@ def adapt(network: WanVelocity, size: LoraSize, on: LoraOn, times: Float[Tensor,
     for name, side in (("transformer", "high"), ("transformer_2", "low")):
         if on in (side, "both"):
             add_lora(parts[name], size)
+
+
+def save_loras(network: WanVelocity, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the LoRA of each transformer that has one: the first's into `folder`, the second's into its transformer_2/.
+
+    diffusers loads them by `pipe.load_lora_weights(folder)` and, for the second,
+    `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+
+    Args:
+        weights: in place of the network's own, by the names of its parameters.
+    """
+    for part, transformer in network.transformers().items():
+        if getattr(transformer, "peft_config", None):
+            own = None if weights is None else _inside(weights, part)
+            where = lora_folder(folder, part)
+            where.mkdir(exist_ok=True, parents=True)
+            save_lora(transformer, where, own)
+
+
+def load_loras(network: WanVelocity, folder: Path) -> None:
+    """Give each transformer the LoRA that `save_loras` wrote of it.
+
+    Raises:
+        ValueError: none there; one of a transformer that this model has not, or of another model.
+    """
+    parts = network.transformers()
+    found = {part: lora_folder(folder, part) for part in ("transformer", "transformer_2")}
+    found = {part: where for part, where in found.items() if (where / WEIGHTS).is_file()}
+    if not found:
+        raise ValueError(f"{folder} has no {WEIGHTS}: it is not the folder of a LoRA")
+    for part, where in found.items():
+        if part not in parts:
+            raise ValueError(f"{where} is a LoRA of a second transformer, and the model has one: give it Wan2.2-A14B")
+        check_lora(parts[part], where / WEIGHTS)
+        parts[part].load_lora_adapter(str(where), prefix="transformer", weight_name=WEIGHTS)
+
+
+def lora_folder(folder: Path, part: str) -> Path:
+    """Where the LoRA of `transformer` or `transformer_2` lies."""
+    return folder if part == "transformer" else folder / part
+
+
+def _inside(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): x for name, x in weights.items() if name.startswith(f"{part}.")}
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:

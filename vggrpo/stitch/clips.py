@@ -96,6 +96,9 @@ def check_generator(wan: Path, how: SamplingRecipe, generator: Path | None = Non
     if how.num_samples and not (wan / "transformer").is_dir():
         raise ValueError(f"{wan} has no transformer/ to draw samples from: set sampling.num_samples=0 or train one")
     if how.num_samples:
+        from vggrpo.sft import check_alone
+
+        check_alone(wan, "the recipe of the embedded stack")
         read_prompts(how.prompts)
         if wan != own and read_card(wan / "vae")["sha256"] != read_card(own / "vae")["sha256"]:
             raise ValueError(f"{wan} has another VAE than {own}: its latents mean other things; give one with the same")

@@ -219,6 +219,9 @@ def test_samples_need_a_generator(recipe, tmp_path):
     with pytest.raises(ValueError, match="another VAE"):
         check_generator(ASSETS / "tiny-wan", how, tmp_path / "other")
     assert check_generator(ASSETS / "tiny-wan", how, ASSETS / "tiny-wan") == ASSETS / "tiny-wan"
+    (tmp_path / "other/transformer_2").mkdir()
+    with pytest.raises(ValueError, match="has two transformers, each for some times, and the recipe of the embedded"):
+        check_generator(ASSETS / "tiny-wan", how, tmp_path / "other")
     with pytest.raises(ValueError, match=r"no prompts at nowhere\.txt"):
         check_generator(ASSETS / "tiny-wan", replace(how, prompts="nowhere.txt"))
     with pytest.raises(ValueError, match=r"no notes at nowhere\.md: write them"):
