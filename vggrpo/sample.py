@@ -175,7 +175,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
             raise ValueError(f"{name} must be a multiple of {given // side * patch} for {folder}, got {given}")
     if cfg.lora is not None:
         load_loras(network, Path(cfg.lora))
-    encode: Encoder = prompt_encoder(
+    texts = prompt_encoder(
         folder,
         [*prompts, cfg.negative_prompt],
         cfg.max_len,
@@ -183,8 +183,9 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
         device=cfg.device,
         dtype=getattr(torch, cfg.text_dtype),
     )
+    encode: Encoder = texts
     if frames is not None:
-        encode = tell_first_frames(encode, folder, layout, frames, cfg.frames, cfg.device)  # type: ignore[arg-type]
+        encode = tell_first_frames(texts, folder, layout, frames, cfg.frames, cfg.device)
     network = network.requires_grad_(False).eval().to(cfg.device)
     grid = time_grid(cfg.num_steps, own_shift(folder) if cfg.shift is None else cfg.shift)
     complete = put_first if way == "kept" else None
