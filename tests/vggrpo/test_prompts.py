@@ -28,6 +28,7 @@ def rows(*prompts: torch.Tensor) -> torch.Tensor:
         (rows(A, A, B, B, A, A), rows(A, B, A)),
         (rows(A, B, C), rows(A, B, C)),
         (rows(A, A, B), rows(A, A, B)),  # not equally many: nothing is shared
+        (rows(A, B, B), rows(A, B, B)),  # nor here, where every prompt but the last has one row
         (rows(A, B, A, B), rows(A, B, A, B)),
     ],
 )

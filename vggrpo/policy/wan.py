@@ -159,7 +159,8 @@ def first_rows(*told: Float[Tensor, "n _ _"]) -> Int64[Tensor, " prompts"]:
     n, device = len(told[0]), told[0].device
     changes = torch.stack([(x[1:] != x[:-1]).flatten(1).any(1) for x in told]).any(0)
     first = torch.cat([changes.new_ones(1), changes]).nonzero()[:, 0]
-    equal = torch.equal(first, n // len(first) * torch.arange(len(first), device=device))
+    each, left = divmod(n, len(first))
+    equal = left == 0 and torch.equal(first, each * torch.arange(len(first), device=device))
     return first if equal else torch.arange(n, device=device)
 
 
