@@ -27,7 +27,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"Muon needs torch >= 2.9 and this is {torch.__version__}: upgrade, or use adamw")
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, weight in network.named_parameters():
             if weight.requires_grad:
                 (matrices if weight.ndim == 2 and "blocks." in name else others).append(weight)
