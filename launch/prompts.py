@@ -11,10 +11,10 @@ from pathlib import Path
 from vggrpo.bootstrap.captions import draw_captions, seeds_of
 
 FOLDER = Path("assets/prompts")
-SCENES = 24
+SCENES = 8
 """Of the generator that ships: `launch/recipes/bootstrap/generator.yaml`."""
 FILES = {"train": (50_000_000, 64, False), "held_out": (51_000_000, 32, True)}
-"""Name: first seed, how many, and whether no training clip of the generator has that scene and command together."""
+"""Name: first seed, how many, and whether the generator was never told such a caption."""
 
 
 def prompts(first_seed: int, count: int, unseen: bool) -> list[str]:

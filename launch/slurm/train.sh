@@ -20,8 +20,8 @@ fi
 export RECIPE=$1 ENGINE=${2:-ddp}
 shift $(($# < 2 ? 1 : 2))
 export NODES=${SLURM_NNODES:-1} GPUS=${SLURM_GPUS_ON_NODE:-8} PORT=${PORT:-29500}
-HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HOST
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")  # no `| head`: who is still writing to it is killed, and so is the job
+export HOST=${HOSTS%%$'\n'*}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
 # One line on each machine; SLURM_NODEID is that machine's own.

@@ -163,10 +163,11 @@ def test_checkpointing_trades_bytes_for_operations(made):
 
 
 def test_a_plan_says_what_there_is_and_what_a_rank_does(capsys):
-    assert cli.main(["plan", TINY, "--no-step", "grpo.num_prompts=2", "launch.num_processes=4"]) == 0
+    how = ["sampling.guidance_scale=2.5", "sampling.share_noise=false", "sampling.window.size=3"]
+    assert cli.main(["plan", TINY, "--no-step", "grpo.num_prompts=2", "launch.num_processes=4", *how]) == 0
     said = capsys.readouterr().out
     for words in (
-        *("4,862,272 parameters", "262,144 of a LoRA", "latents 16x5x8x8: 80 tokens", "64 prompts"),
+        *("4,862,272 parameters", "32,768 of a LoRA", "latents 16x5x8x8: 80 tokens", "64 prompts"),
         *("2 prompts x 8 on 4 process(es): 1 x 4 videos on each", "rollout 80, replay 24, reference 24", "geometry 4"),
         *("MiB at an update's peak", "10 steps, 3 of them trained", "guidance 2.5", "128 videos of the base model"),
     ):

@@ -173,7 +173,7 @@ def test_lora_best_of_n_and_guidance_each_change_the_video(tuned):
     assert not torch.equal(base.z0, guided.z0)
     assert len(chosen.candidates["motion_smoothness"]) == 3
     assert chosen.candidates["motion_smoothness"][chosen.chosen] == chosen.rewards["motion_smoothness"]
-    assert chosen.candidates["motion_smoothness"][0] == pytest.approx(base.rewards["motion_smoothness"], abs=1e-5)
+    assert chosen.candidates["motion_smoothness"][0] == pytest.approx(base.rewards["motion_smoothness"], abs=2e-4)
 
 
 def test_the_best_candidate_is_the_best_on_average_and_never_one_without_a_score():

@@ -1,7 +1,6 @@
 """The embedded generator: a Wan transformer, trained by the ordinary finetuner, becomes a whole WanPipeline."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from vggrpo.bootstrap.assets import read_card, save_json, sha256
-from vggrpo.bootstrap.captions import draw_captions
 from vggrpo.bootstrap.generator_card import card_text, result_lines
 from vggrpo.bootstrap.generator_eval import (
     Reader,
@@ -41,8 +39,6 @@ FILES = (
 )
 """All that the pipeline is loaded from. VAE and text stage too: the transformer means nothing with others."""
 PICTURE = "samples.png"
-PROMPTS = {"train": 64, "held_out": 32}
-"""Prompts in each file."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,6 @@ class GeneratorRecipe:
     """How the card's samples are drawn."""
     num_samples: int = 100
     """Held-out captions that it is measured on."""
-    prompts: str = "assets/prompts"
-    """Folder of the prompts that it can follow: `write_prompts`."""
 
     def __post_init__(self) -> None:
         if self.training.new is None:
@@ -113,17 +107,7 @@ def publish_generator(training: Training, recipe: GeneratorRecipe, path: str, re
     captions, _ = commands(judged[:20], data.scenes)
     draw_sheet(decoded(pipe.vae, sample_latents(pipe, captions, recipe.sampling)), folder / PICTURE)
     (folder / "README.md").write_text(card_text(card, captions))
-    write_prompts(Path(recipe.prompts), data.seeds, held_out_seeds(4096, data.scenes), data.scenes)
     return [f"wrote {folder}", *result_lines(card["held_out"])]
-
-
-def write_prompts(folder: Path, training: Sequence[int], held_out: Sequence[int], scenes: int | None) -> None:
-    """Write train.txt and held_out.txt: captions of training clips and of none, each once, all of moving cameras."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, seeds in (("train", training), ("held_out", held_out)):
-        moving = (caption.text for caption in draw_captions(seeds, scenes) if caption.facts["camera"] != "static")
-        few = list(dict.fromkeys(moving))[: PROMPTS[name]]
-        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in few))
 
 
 def write_pipeline(training: Training, folder: Path, shift: float) -> None:

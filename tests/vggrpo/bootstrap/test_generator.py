@@ -12,22 +12,13 @@ from diffusers import WanPipeline
 
 from vggrpo.bootstrap import generator
 from vggrpo.bootstrap.assets import read_card
-from vggrpo.bootstrap.captions import seeds_of
 from vggrpo.bootstrap.footage import render_footage
-from vggrpo.bootstrap.generator import (
-    FILES,
-    PROMPTS,
-    GeneratorRecipe,
-    load_generator,
-    publish_generator,
-    write_prompts,
-)
+from vggrpo.bootstrap.generator import FILES, GeneratorRecipe, load_generator, publish_generator
 from vggrpo.bootstrap.generator_eval import (
     Sampling,
     commands,
     decoded,
     evaluate_generator,
-    held_out_seeds,
     load_reader,
     recovered,
     sample_latents,
@@ -35,7 +26,7 @@ from vggrpo.bootstrap.generator_eval import (
 )
 from vggrpo.bootstrap.text import build_encoder, build_tokenizer
 from vggrpo.bootstrap.vae import build_vae
-from vggrpo.data import Encoded, read_prompts
+from vggrpo.data import Encoded
 from vggrpo.recipe import read_recipe
 from vggrpo.sft import start_sft, train_sft
 from vggrpo.sft_config import LoraSize, SftRecipe, WanSize
@@ -57,8 +48,7 @@ def recipe(tmp_path_factory):
     build_encoder(len(tokenizer), 32, 1).save_pretrained(folder / "text_encoder")
     build_vae(8).save_pretrained(folder / "vae")
     training = SftRecipe(str(folder / "run"), str(folder), new=TINY, max_len=12, num_steps=3, batch=2, average=0.5)
-    prompts = str(tmp_path_factory.mktemp("prompts"))
-    return GeneratorRecipe(asset=str(folder), training=training, sampling=PLAIN, num_samples=4, prompts=prompts)
+    return GeneratorRecipe(asset=str(folder), training=training, sampling=PLAIN, num_samples=4)
 
 
 @pytest.fixture(scope="module")
@@ -144,25 +134,6 @@ def test_the_card_tells_what_was_measured(published, recipe):
     assert "(seeds 0 to 1023)" in text
     assert "missed" in text
     assert f"**{card['held_out']['sharpness']:.2f}**" in text
-
-
-def test_prompts_are_training_captions_and_others_of_moving_cameras(tmp_path):
-    training, held_out = seeds_of(0, 512, 4), held_out_seeds(512, 4)
-    write_prompts(tmp_path, training, held_out, 4)
-    told, kept = (read_prompts(tmp_path / f"{name}.txt") for name in PROMPTS)
-    assert (len(set(told)), len(set(kept))) == (len(told), len(kept)) == (PROMPTS["train"], PROMPTS["held_out"])
-    known = set(commands(training, 4)[0])
-    assert known >= set(told)
-    assert not known & set(kept)
-    assert not any("stands still" in prompt for prompt in told + kept)
-    assert any("stands still" in caption for caption in known), "the control: there are such captions"
-
-
-def test_the_shipped_prompts_are_those_that_the_generator_can_follow(tmp_path):
-    data = read_recipe(GeneratorRecipe, RECIPE).training.data
-    write_prompts(tmp_path, data.seeds[:1024], held_out_seeds(512, data.scenes), data.scenes)
-    for name in PROMPTS:
-        assert (tmp_path / f"{name}.txt").read_text() == (ROOT / f"assets/prompts/{name}.txt").read_text()
 
 
 def test_a_perfect_reader_of_perfect_samples_scores_1_and_controls_do_not():
