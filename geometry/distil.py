@@ -102,7 +102,7 @@ def start(model: LatentGeometryModel, config: DistilConfig) -> torch.optim.AdamW
 
 
 def distil_step(
-    model: LatentGeometryModel, sample: Sample, optimizer: torch.optim.AdamW, step: int, config: DistilConfig
+    model: LatentGeometryModel, sample: Sample, optimizer: torch.optim.Optimizer, step: int, config: DistilConfig
 ) -> dict[str, float]:
     """Train on one batch, the `step`-th from 0: each distance (outputs, matched modules), loss and gradient before it.
 
@@ -130,7 +130,7 @@ def distil_backward(
     return {**record, "loss": float(loss.detach())}
 
 
-def distil_update(optimizer: torch.optim.AdamW, step: int, config: DistilConfig) -> dict[str, float]:
+def distil_update(optimizer: torch.optim.Optimizer, step: int, config: DistilConfig) -> dict[str, float]:
     """The `step`-th step from 0, on the gradient that was added up: its norm before clipping, and the learning rate."""
     rate = config.lr * learning_rate(step, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
