@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vggrpo.config import GrpoConfig
-from vggrpo.grpo import group_advantage, indifferent
+from vggrpo.grpo import indifferent
 from vggrpo.runtime import Clock, Run
-from vggrpo.trainer import GeometryFn, RewardFn, replay_backward, score
+from vggrpo.trainer import GeometryFn, RewardFn, advantage_of, replay_backward, score
 from vggrpo.types import Condition, Policy
 
 
@@ -72,15 +72,7 @@ def check(
             scene = geometry(rollout.z0)
         with clock("reward"):
             reward = run.gather(score(rewards, scene, rollout))
-    advantage = group_advantage(
-        reward,
-        cfg.named,
-        aggregate=cfg.aggregate,
-        baseline=cfg.baseline,
-        silent=cfg.silent,
-        clamp=cfg.clamp,
-        gates=cfg.gates,
-    )
+    advantage = advantage_of(reward, cfg)
     with clock("update"):
         replayed = replay_backward(policy, rollout, run.local(advantage), run, cfg)
     grad_norm = float(torch.stack([_norm(p.grad) for p in trainable]).norm())

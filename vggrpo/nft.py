@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from vggrpo import sampler
 from vggrpo.config import GrpoConfig, NftConfig
 from vggrpo.flow import interpolate, predict_z0
-from vggrpo.grpo import group_advantage
 from vggrpo.policy.flow_policy import FlowPolicy, rows
 from vggrpo.runtime import Run
-from vggrpo.trainer import GeometryFn, RewardFn, score
+from vggrpo.trainer import GeometryFn, RewardFn, advantage_of, score
 from vggrpo.types import Condition, Rollout, Streams
 
 LIMIT = 5.0
@@ -77,9 +76,7 @@ def train_nft(
         with torch.no_grad():
             rollout = policy.rollout(run.mine(cond), run.num_members, generator)
             reward = run.gather(score(rewards, geometry(rollout.z0), rollout))
-        advantage = group_advantage(
-            reward, cfg.named, aggregate=cfg.aggregate, baseline=cfg.baseline, silent=cfg.silent, gates=cfg.gates
-        )
+        advantage = advantage_of(reward, cfg)
         loss = nft_backward(policy, network, rollout, run.local(advantage), generator, run, nft)
         grad_norm = run.clip_and_step(optimizer, cfg.max_grad_norm)
         follow(

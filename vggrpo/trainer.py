@@ -75,15 +75,7 @@ def train(
                 scene = geometry(rollout.z0)
             with clock("reward"):
                 reward = run.gather(score(rewards, scene, rollout))
-        advantage = group_advantage(
-            reward,
-            cfg.named,
-            aggregate=cfg.aggregate,
-            baseline=cfg.baseline,
-            silent=cfg.silent,
-            clamp=cfg.clamp,
-            gates=cfg.gates,
-        )
+        advantage = advantage_of(reward, cfg)
         grad_norm = None
         with clock("update"):
             for _ in range(cfg.num_updates):
@@ -139,6 +131,19 @@ def surrogate(
         raise ValueError('ratio: "norm" needs a policy of Gaussian steps that keeps their means (keep_means=True)')
     log_ratio = ratio_norm(log_ratio, chunk.shift.drift, chunk.shift.std)
     return log_ratio, clipped_surrogate(log_ratio, advantage[b, k], cfg.clip) / chunk.shift.dt
+
+
+def advantage_of(reward: Mapping[str, Float[Tensor, "B K"]], cfg: GrpoConfig) -> Float[Tensor, "B K"]:
+    """`group_advantage` with a recipe's weights, gates and kinds of comparison."""
+    return group_advantage(
+        reward,
+        cfg.named,
+        aggregate=cfg.aggregate,
+        baseline=cfg.baseline,
+        silent=cfg.silent,
+        clamp=cfg.clamp,
+        gates=cfg.gates,
+    )
 
 
 def score(rewards: Mapping[str, RewardFn], scene: Any, rollout: Rollout) -> dict[str, Float[Tensor, "B K"]]:
