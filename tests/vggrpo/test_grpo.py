@@ -1,6 +1,7 @@
 """Advantages by hand and by a slow readable version; the surrogate and the ratios by their definitions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from vggrpo.config import GrpoConfig
 from vggrpo.grpo import clipped_surrogate, gated, group_advantage, indifferent, ratio_norm
+from vggrpo.trainer import advantage_of
 
 NAN = float("nan")
 
@@ -224,6 +226,8 @@ def test_a_gate_needs_no_weight_and_its_gated_rewards_are_compared_as_any():
     cfg = GrpoConfig(weights={"r": 2.0}, gates={"r": "gate"})
     assert cfg.named == {"gate": 0.0, "r": 2.0}
     found = group_advantage({"gate": gate, "r": r}, cfg.named, gates=cfg.gates)
+    assert torch.equal(advantage_of({"gate": gate, "r": r}, cfg), found), "as the trainer asks"
+    assert advantage_of({"gate": gate, "r": r}, replace(cfg, clamp=0.5)).abs().max() == 0.5
     torch.testing.assert_close(found, group_advantage({"r": gated(r, gate)}))
     assert found.argmax() == 1
     assert group_advantage({"r": r}).argmax() == 2  # the control: without the gate

@@ -16,7 +16,7 @@ LR = 1e-2
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return new_transformer(WanSize(layers=2, heads=2, head_dim=16, ffn_dim=64), 4, 32)
+    return new_transformer(WanSize(layers=2, heads=2, head_dim=16, ffn_dim=512), 4, 32)
 
 
 def with_gradients(network):

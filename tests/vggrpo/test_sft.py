@@ -244,6 +244,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, data, folder, lora, opti
     assert not all(torch.equal(a, b) for (_, a), (_, b) in zip(whole.trained(), other.trained(), strict=True))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_has_the_schedules_learning_rate(recipe, data, optimizer):
+    recipe = replace(recipe, optimizer=optimizer)
+    training = start_sft(recipe, data)
+    sft_step(training, recipe, data)
+    groups = training.optimizer.param_groups
+    assert len(groups) == (2 if optimizer == "muon" else 1)
+    assert {group["lr"] for group in groups} == {recipe.lr * rate(0, recipe)} != {recipe.lr}
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(recipe, data):
     trained(recipe, data)
     with pytest.raises(ValueError, match=r"was made with shift 3.0 and the recipe says 5.0: restore it"):
