@@ -57,7 +57,7 @@ class SftRecipe:
     drop_caption: float = 0.1
     """Share of clips that are told the negative prompt, for classifier-free guidance."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon, for the matrices of the blocks (`vggrpo/muon.py`), trains from nothing in a fraction of AdamW's steps."""
+    """Muon, for the matrices of the blocks (`vggrpo/muon.py`), trains from nothing in fewer steps."""
     lr: float = 5e-4
     """Of the optimiser (AdamW's betas are .9 and .95), between warm-up and cool-down."""
     warmup: int = 100
