@@ -47,6 +47,8 @@ class DataConfig:
     """Of the world's clips."""
     scenes: int | None = None
     """Scenes that the world's clips share, as many with moving bodies as without; None gives each clip its own."""
+    sway: float = 0.0
+    """Degrees of hand-held sway of half of the world's clips; 0: they shake from frame to frame in its place."""
     unseen: bool = False
     """Only those clips of shared scenes whose camera does what no training clip does there, for tests."""
     num_clips: int = 1024
@@ -71,6 +73,8 @@ class DataConfig:
             raise ValueError("num_clips, every, height and width must be >= 1, and first_seed >= 0")
         if self.scenes is not None and self.scenes < 1:
             raise ValueError(f"scenes must be None or >= 1, got {self.scenes}")
+        if self.sway < 0 or (self.sway and self.videos is not None):
+            raise ValueError(f"sway must be >= 0, and is the world's alone, got {self.sway:g}")
         if self.scenes is None and self.unseen:
             raise ValueError("unseen commands are those of shared scenes: give scenes")
         if self.videos is None and (self.frames, self.height, self.width, self.every) != (17, 64, 64, 1):
@@ -216,7 +220,7 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
         "clips": names,
         "scenes": config.scenes,
         "captions": captions,
-    }
+    } | ({"sway": config.sway} if config.sway else {})  # caches that knew of none keep their names
     folder = Path(config.cache) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     shards = [slice(start, start + SHARD) for start in range(0, len(sources), SHARD)]
     for number, part in enumerate(shards):
@@ -233,7 +237,7 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
 
 def _load(config: DataConfig, sources: list[Any]) -> Iterator[UInt8[Tensor, "B T 3 H W"]]:
     if config.videos is None:
-        return render_footage(sources, scenes=config.scenes)
+        return render_footage(sources, scenes=config.scenes, sway=config.sway)
     return (read_video(path, config)[None] for path in sources)
 
 

@@ -106,6 +106,7 @@ def make_clip(
     dynamic: bool = False,
     motion: Motion | None = None,
     jitter: float = 0.0,
+    sway: float = 0.0,
     texture_scale: float = 1.0,
     supersample: int = 2,
     scene: int | None = None,
@@ -121,10 +122,12 @@ def make_clip(
         motion: one of `MOTIONS`; None draws it.
         jitter: hand-held shake, the standard deviation per axis and frame: this many degrees of rotation and 0.02 as
             many scene units of translation. Scene and command do not change with it.
+        sway: hand-held sway, waves of some six frames whose root mean square is that per axis. The same holds for it.
         texture_scale: size of noise cells, checks and stripes. At 1 they span 12 to 40 % of the width of the view,
             far above the pixel grid's limit; below 0.2 at 64 pixels they reach it.
         supersample: rays per pixel side for the colour; 1 leaves the edges jagged. Depth is always the pixel centre's.
-        scene: number of a scene (`stage.known_scene`; `dynamic` ones are others); then only camera and shake are drawn.
+        scene: number of a scene (`stage.known_scene`; `dynamic` ones are others); then only the camera's path, shake
+            and sway are drawn.
 
     Raises:
         ValueError: an argument out of range, by name.
@@ -136,6 +139,7 @@ def make_clip(
         dynamic=dynamic,
         motion=motion,
         jitter=jitter,
+        sway=sway,
         texture_scale=texture_scale,
         supersample=supersample,
         scenes=None if scene is None else [scene],
@@ -151,6 +155,7 @@ def make_clips(
     dynamic: bool = False,
     motion: Motion | None = None,
     jitter: float = 0.0,
+    sway: float = 0.0,
     texture_scale: float = 1.0,
     supersample: int = 2,
     scenes: Sequence[int] | None = None,
@@ -163,13 +168,15 @@ def make_clips(
         raise ValueError(f"frames, size and supersample must be at least 1, got {frames}, {size}, {supersample}")
     if motion is not None and motion not in MOTIONS:
         raise ValueError(f"motion must be None or one of {', '.join(MOTIONS)}, got {motion!r}")
-    if jitter < 0 or texture_scale <= 0:
-        raise ValueError(f"jitter must be >= 0 and texture_scale > 0, got {jitter} and {texture_scale}")
+    if min(jitter, sway) < 0 or texture_scale <= 0:
+        raise ValueError(
+            f"jitter and sway must be >= 0 and texture_scale > 0, got {jitter}, {sway} and {texture_scale}"
+        )
     if scenes is not None and (len(scenes) != len(seeds) or min(scenes) < 0):
         raise ValueError(f"scenes must be {len(seeds)} numbers >= 0, one for each seed, got {list(scenes)}")
     numbers: Sequence[int | None] = [None] * len(seeds) if scenes is None else scenes
     takes = [
-        draw_take(seed, frames, size, dynamic, motion, jitter, texture_scale, scene)
+        draw_take(seed, frames, size, dynamic, motion, jitter, texture_scale, scene, sway)
         for seed, scene in zip(seeds, numbers, strict=True)
     ]
     return _clip(takes, size, supersample, torch.device("cpu") if device is None else torch.device(device))

@@ -12,7 +12,7 @@ from geometry.cameras import anchored, inverse, pinhole, relative, rigid, so3_ex
 from geometry.world.caption import caption
 from geometry.world.scene import Body, Material, Scene, draw_scene
 from geometry.world.shot import PATTERN_CODES, SHAPE_CODES, Shot
-from geometry.world.trajectory import MOTIONS, Motion, Move, draw_move, path, shake
+from geometry.world.trajectory import MOTIONS, Motion, Move, draw_move, path, shake, sway
 
 MAX_BODIES = 6
 CLEARANCE = 0.35
@@ -41,6 +41,7 @@ def draw_take(
     jitter: float,
     texture_scale: float,
     scene: int | None = None,
+    swaying: float = 0.0,
 ) -> Take:
     """Draw scenes and paths from the seed's own stream until the camera passes through free space.
 
@@ -59,8 +60,10 @@ def draw_take(
             break
     else:
         raise RuntimeError(f"seed {seed}: no free camera path in 1000 scenes")  # a bug of ours: about 1 in 3 is free
-    shake_position, shake_rotation = shake(np.random.default_rng([seed, 2**32]), frames, jitter)
-    wobble = rigid(so3_exp(torch.from_numpy(shake_rotation)), torch.from_numpy(shake_position))
+    shaken = shake(np.random.default_rng([seed, 2**32]), frames, jitter)
+    swayed = sway(np.random.default_rng([seed, 2**32, 1]), frames, swaying)
+    off, turned = (torch.from_numpy(a + b) for a, b in zip(shaken, swayed, strict=True))
+    wobble = rigid(so3_exp(turned), off)
     between = relative(steady)
     relative_pose = torch.cat([between[:, :3, 3], so3_log(between[:, :3, :3])], dim=-1)
     shot = _shot(stage, steady @ wobble, size)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from geometry.cameras import inverse, project, so3_exp, unproject
+from geometry.cameras import inverse, project, so3_exp, so3_log, unproject
 from geometry.types import Geometry, check_geometry
 from geometry.world import MOTIONS, make_clip, make_clips
 from geometry.world.cast import cast, rays, rays_through
+from geometry.world.trajectory import SHAKE_UNITS
 
 SEEDS = range(900, 912)
 
@@ -154,6 +155,28 @@ def test_a_seed_is_the_same_bits_alone_and_in_any_batch():
     assert not torch.equal(batch.video[0], batch.video[1])
 
 
+def test_sway_has_one_velocity_from_frame_to_frame_and_shake_has_none():
+    calm, swaying = (make_clip(7, motion="truck", sway=amount) for amount in (0.0, 2.0))
+    assert torch.equal(calm.video[0], swaying.video[0])
+    assert torch.equal(calm.command.relative_pose, swaying.command.relative_pose)
+    assert calm.caption == swaying.caption
+    assert torch.equal(calm.video, make_clip(7, motion="truck").video), "none by default"
+
+    def velocity(**how: float) -> torch.Tensor:
+        c2w = make_clips(range(64), size=(8, 8), supersample=1, motion="static", **how).geometry.c2w
+        turn, shift = so3_log(c2w[..., :3, :3]).rad2deg(), c2w[..., :3, 3] / SHAKE_UNITS
+        for kind in (turn, shift):
+            around = kind - kind.mean(1, keepdim=True)
+            assert around.square().mean().sqrt() == pytest.approx(2.0, rel=0.1)
+        return turn.diff(dim=1)
+
+    def repeats(v: torch.Tensor) -> float:
+        return float((v[:, 1:] * v[:, :-1]).mean() / v.square().mean())
+
+    assert repeats(velocity(sway=2.0)) > 0.3
+    assert repeats(velocity(jitter=2.0)) < -0.3
+
+
 def test_jitter_shakes_the_camera_and_nothing_else():
     calm, shaky = make_clip(7, motion="truck"), make_clip(7, motion="truck", jitter=2.0)
     assert torch.equal(calm.video[0], shaky.video[0])
@@ -272,6 +295,7 @@ def test_a_known_scene_is_free_for_every_motion(motion):
         ({"frames": 0}, "frames"),
         ({"size": (0, 64)}, "size"),
         ({"jitter": -1.0}, "jitter"),
+        ({"sway": -1.0}, "sway"),
         ({"texture_scale": 0.0}, "texture_scale"),
         ({"seed": -1}, "seeds must be"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 from vggrpo import data
 from vggrpo.bootstrap.captions import draw_captions
-from vggrpo.bootstrap.footage import render_footage
+from vggrpo.bootstrap.footage import kind_of, render_footage
 from vggrpo.data import DataConfig, Encoders, encode_clips, read_folder, read_prompts, read_video
 
 
@@ -203,10 +203,22 @@ def test_shared_scenes_are_another_cache(tmp_path):
     assert not torch.equal(other.z0, found.z0)
 
 
+def test_clips_that_would_shake_sway_in_its_place_and_the_others_are_the_same(tmp_path):
+    counting = Counting()
+    config = DataConfig(num_clips=4, scenes=2, cache=str(tmp_path))
+    shaken, swaying = (encode_clips(replace(config, sway=sway), counting.encoders(), print) for sway in (0.0, 1.0))
+    same = [torch.equal(a, b) for a, b in zip(shaken.z0, swaying.z0, strict=True)]
+    assert same == [kind_of(seed)[1] == 0 for seed in config.seeds]
+    assert sum(same) == 2
+    assert shaken.captions == swaying.captions
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"scenes": 0}, "scenes must be None or >= 1"),
+        ({"sway": -1.0}, "sway must be >= 0"),
+        ({"sway": 1.0, "videos": "x"}, "the world's alone"),
         ({"unseen": True}, "give scenes"),
         ({"frames": 16, "videos": "x"}, r"4 n \+ 1 .* got 16"),
         ({"height": 32}, "have 17 frames"),

@@ -20,11 +20,12 @@ RENDERED_AT_ONCE = 16
 
 
 def render_footage(
-    seeds: Sequence[int], motion: Motion | None = None, scenes: int | None = None
+    seeds: Sequence[int], motion: Motion | None = None, scenes: int | None = None, sway: float = 0.0
 ) -> Iterator[UInt8[Tensor, "B 17 3 64 64"]]:
     """The clips of `seeds`, some at a time, in order. Odd seeds have moving bodies; `JITTER` goes by pairs of seeds.
 
-    Every clip has a scene of its own, or one of `scenes` (`scene_of`).
+    Every clip has a scene of its own, or one of `scenes` (`scene_of`). Those that would shake, half of them, do not but
+    sway, if `sway` > 0: by so many degrees.
     """
     for start in range(0, len(seeds), RENDERED_AT_ONCE):
         some = seeds[start : start + RENDERED_AT_ONCE]
@@ -32,14 +33,20 @@ def render_footage(
         for kind in {kind_of(seed) for seed in some}:
             alike = [seed for seed in some if kind_of(seed) == kind]
             known = None if scenes is None else [scene_of(seed, scenes) for seed in alike]
-            video = make_clips(alike, dynamic=kind[0], jitter=kind[1], motion=motion, scenes=known).video
-            clips |= dict(zip(alike, (255 * video).round().byte(), strict=True))
+            jitter, swaying = held(kind[1], sway)
+            clip = make_clips(alike, dynamic=kind[0], jitter=jitter, sway=swaying, motion=motion, scenes=known)
+            clips |= dict(zip(alike, (255 * clip.video).round().byte(), strict=True))
         yield torch.stack([clips[seed] for seed in some])
 
 
 def kind_of(seed: int) -> tuple[bool, float]:
     """Whether bodies move in a clip, and how much the camera shakes."""
     return seed % 2 == 1, JITTER[seed // 2 % len(JITTER)]
+
+
+def held(jitter: float, sway: float) -> tuple[float, float]:
+    """Shake and sway of a clip that would shake by `jitter`, where such clips sway by `sway`, if that is > 0."""
+    return (0.0, sway) if jitter and sway else (jitter, 0.0)
 
 
 def scene_of(seed: int, scenes: int) -> int:
