@@ -21,8 +21,9 @@ STRIDE = 8
 """Frames over which motion is measured: from frame to frame, shake would count."""
 AT_ONCE = 4
 """Prompts in one rollout."""
-STILL = 1e-3
-"""Motion below which a prompt's camera counts as standing still, in `camera_motion`'s units: nothing is asked of it."""
+STILL = 0.04
+"""Motion below which a prompt's camera counts as standing still, in `camera_motion`'s units: nothing is asked of it.
+A degree of hand-held sway has about this much, and the slowest of the world's moving commands three times as much."""
 
 
 @torch.no_grad()

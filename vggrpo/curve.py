@@ -23,7 +23,7 @@ from vggrpo.recipe import load_recipe
 from vggrpo.sample import Models, load_models
 
 PLOTTED = (
-    "sampson/stride_1", "sampson/stride_4", "jitter", "referee/path_jerk", "referee/reprojection", "displacement",
+    "sampson/stride_1", "sampson/stride_4", "jitter", "referee/path_jerk", "referee/reprojection", "travel",
 )  # fmt: skip
 """Judges in the picture, beside the rewards."""
 
@@ -134,7 +134,7 @@ def draw_curve(path: Path, found: dict[int, Comparison], proxy: dict[str, list[t
     for number, name in enumerate(judges):
         _band(right, found, name, f"C{number}", name, relative=True)
     left.set(title="rewards, less the start (thin: in training)", xlabel="iteration")
-    right.set(title="judges, % of the start (lower is better; displacement: 0 is kept)", xlabel="iteration")
+    right.set(title="judges, % of the start (lower is better; travel: 0 is kept)", xlabel="iteration")
     for axes in (left, right):
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)

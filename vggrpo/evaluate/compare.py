@@ -16,7 +16,8 @@ CONSISTENCY = ("sampson/", "sfm/reprojection", "referee/reprojection")
 """Judges of geometry, by the beginning of their names: lower is better."""
 STEADINESS = ("jitter", "referee/path_jerk", "sfm/path_jerk")
 """Judges of the camera's path: lower is better."""
-MOTION, SHARPNESS = "displacement", "sharpness"
+MOTION, SHARPNESS = "travel", "sharpness"
+"""Over half of a video: from frame to frame, a camera that shakes less would seem to move less."""
 KEPT_MOTION, KEPT_SHARPNESS = 0.9, 0.95
 """Shares of the base's that the tuned model must keep."""
 MATCHED = (0.8, 1.25)

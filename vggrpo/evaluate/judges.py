@@ -4,6 +4,7 @@
               a fundamental matrix is fitted to half of the matches by LO-RANSAC (pycolmap) and judged on the other half
     inliers, matches, coverage    shares of held-out matches that fit, of points that were found, of the picture
     parallax, displacement   whether that means anything: a still, turning or zooming camera has no wrong epipolar lines
+    travel    how far the pictures get in half of the video: motion without the part of it that is shake
     jitter    how much the pictures' own motion changes from frame to frame, in shares of the motion
     survival  share of the first frame's corners that can be followed to the last
     sharpness, flicker
@@ -30,6 +31,8 @@ MIN_MATCHES = 60
 """Of a pair of frames, both halves together."""
 MIN_COVERAGE = 0.2
 """Share of an 8 x 8 grid."""
+PLACES = 4
+"""Places of a picture, along each side, whose motion `travel` follows."""
 
 
 class Tolerance(NamedTuple):
@@ -90,6 +93,7 @@ def judge(video: Float[Tensor, "T 3 H W"], seed: int = 0) -> dict[str, Value]:
         found[f"coverage/{name}"] = Value(float(np.mean([m.coverage for m in pairs])))
         if stride == 1:
             found["displacement"] = _mean([displacement(matches) for matches in pairs])
+            found["travel"] = travel(pairs, video.shape[-1], video.shape[-2])
             found["jitter"] = jitter(pairs)
     found["survival"] = survival(opened.ready)
     found["sharpness"] = Value(float(np.mean([_laplacian(frame) for frame in opened.ready])))
@@ -163,6 +167,25 @@ def displacement(matches: Matches) -> Value:
     return Value(float(np.median(np.linalg.norm(matches.there - matches.here, axis=1))))
 
 
+def travel(pairs: list[Matches], width: int, height: int) -> Value:
+    """Motion of the picture's places, averaged over half of the video, then its length: pixels a frame.
+
+    From frame to frame, shake is much of what moves; it leads nowhere, and over many frames it cancels. The median over
+    the places of a `PLACES` x `PLACES` grid, the mean over all halves; 0 for a frozen video.
+    """
+    told = [NA_MOTION if _too_few(matches) else _by_place(matches, width, height) for matches in pairs]
+    half = max(1, (len(pairs) + 1) // 2)
+    found = []
+    for start in range(len(pairs) - half + 1):
+        window = np.stack(told[start : start + half])
+        often = 2 * np.isfinite(window[..., 0]).sum(0) >= half
+        if often.sum() * 2 >= PLACES**2:
+            found.append(float(np.median(np.linalg.norm(np.nanmean(window[:, often], axis=0), axis=1))))
+    if 2 * len(found) < len(pairs) - half + 1:
+        return Value(NA, "too few places of the picture can be followed for half of the video")
+    return Value(float(np.mean(found)))
+
+
 def jitter(pairs: list[Matches]) -> Value:
     """|change of the picture's motion| / |motion|, of neighbouring frames: the motion is the matches' best similarity.
 
@@ -198,6 +221,19 @@ def flicker(frames: list[np.ndarray]) -> Value:
     if len(light) < 3:
         return Value(NA, "fewer than 3 frames")
     return Value(float(np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2).mean()))
+
+
+NA_MOTION = np.full((PLACES**2, 2), NA)
+
+
+def _by_place(matches: Matches, width: int, height: int) -> np.ndarray:
+    """[places 2]: median motion (pixels) of the matches of each place, NaN where there is none."""
+    cell = np.minimum((matches.here / [width, height] * PLACES).astype(int), PLACES - 1)
+    of, move = cell[:, 1] * PLACES + cell[:, 0], matches.there - matches.here
+    found = NA_MOTION.copy()
+    for place in np.unique(of):
+        found[place] = np.median(move[of == place], axis=0)
+    return found
 
 
 def _laplacian(frame: Frame) -> float:

@@ -27,7 +27,7 @@ figcaption{color:#555;font-size:.85rem;margin:0 0 1rem}figure{margin:1rem 0 0}""
 
 HIGHER = ("reward/", "sharpness", "survival", "inliers/", "sfm/registered", "sfm/track_length", "verb", "side")
 """Beginnings of the names of what is better when it is higher."""
-NEUTRAL = ("parallax/", "displacement", "matches/", "coverage/")
+NEUTRAL = ("parallax/", "displacement", "travel", "matches/", "coverage/")
 """Of what is neither."""
 HEADLINE = "sampson/stride_4"
 """The judge of the picture: against motion, video by video."""
@@ -129,9 +129,9 @@ NOTE = (
     "Differences are tuned - base on the same prompts and noise; intervals are 95 % bootstrap over prompts, and "
     "(better) or (worse) stands only where 0 is outside. Lower is better for sampson (pixels), jitter, path_jerk, "
     "reprojection, focal_deviation and flicker; higher for inliers, survival, sharpness, registered, track_length, "
-    "verb and side. Parallax, displacement, coverage and sharpness are there so that a frozen or blurred video "
+    "verb and side. Parallax, displacement, travel, coverage and sharpness are there so that a frozen or blurred video "
     "cannot win. Rewards are what training raised, and prove nothing by themselves. Motion-matched: only pairs whose "
-    "displacement is within 0.8 and 1.25 of the base's."
+    "travel (motion over half of a video) is within 0.8 and 1.25 of the base's."
 )
 
 

@@ -31,7 +31,7 @@ LEVELS = (1, 2, 3)
 MOTIONS: tuple[Motion, ...] = ("orbit", "truck", "dolly_in", "arc")
 """Clips take them in turn; all of them travel, so that no judge is excused."""
 EXPECTED: dict[str, tuple[str, ...]] = {
-    "frozen": ("-displacement",),
+    "frozen": ("-displacement", "-travel"),
     "pose_jitter": ("jitter", "referee/path_jerk"),
     "local_warp": ("sampson/stride_1", "sampson/stride_4", "-inliers/stride_1", "-survival", "referee/reprojection"),
     "slow_drift": ("sampson/stride_4",),

@@ -22,7 +22,7 @@ def videos(count=60, sampson=0.5, motion=1.0, sharpness=10.0, missing=0.0, seed=
                     math.nan if lost else sampson * level + own.normal(0, 0.02), "few" if lost else ""
                 ),
                 "jitter": Value(level),
-                "displacement": Value(motion * level),
+                "travel": Value(motion * level),
                 "sharpness": Value(sharpness * level),
             }
         )
@@ -55,7 +55,7 @@ def test_chance_passes_no_oftener_than_it_should_however_many_judges_are_asked()
         names = ["sampson/a", "sampson/b", "sampson/c", "sfm/reprojection", "referee/reprojection"]
 
         def draw(rng=rng, names=names):
-            kept = {"displacement": Value(1.0), "sharpness": Value(1.0)}
+            kept = {"travel": Value(1.0), "sharpness": Value(1.0)}
             return [{n: Value(float(rng.normal(1, 0.2))) for n in names} | kept for _ in range(12)]
 
         found = compare(draw(), draw(), range(12))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from geometry.cameras import inverse
-from geometry.world import PERTURBATIONS, make_clip
+from geometry.world import PERTURBATIONS, make_clip, make_clips
 from vggrpo.evaluate.correspond import match, prepare
 from vggrpo.evaluate.judges import Matches, displacement, jitter, judge, parallax, sampson, sampson_distance
 
@@ -126,10 +126,21 @@ def test_a_shaken_camera_is_jittery_and_geometrically_sound(clip):
     assert told[2]["sampson/stride_4"].value < 2 * told[0]["sampson/stride_4"].value
 
 
+def test_travel_does_not_count_what_leads_nowhere():
+    """A judge of motion that counted shake would take its absence for a freeze; `displacement`, the control, does."""
+    steady, swaying = ([judge(v) for v in make_clips(range(3), motion="pan", sway=a).video] for a in (0.0, 1.0))
+    for before, after in zip(steady, swaying, strict=True):
+        assert after["travel"].value == pytest.approx(before["travel"].value, rel=0.1)
+        assert after["displacement"].value > 1.2 * before["displacement"].value
+    told = [judge(make_clips([5], motion="orbit", sway=amount).video[0]) for amount in (0.0, 1.0)]
+    assert told[1]["displacement"].value > 2 * told[0]["displacement"].value
+    assert told[1]["travel"].value < 1.3 * told[0]["travel"].value
+
+
 def test_stillness_wins_nothing(clip):
     frozen = judge(PERTURBATIONS["frozen"].apply(clip, 1.0, 0).video)
     assert all(math.isnan(value.value) and value.reason for name, value in frozen.items() if name.startswith("sampson"))
-    assert frozen["displacement"].value == 0
+    assert frozen["displacement"].value == frozen["travel"].value == 0
     assert "nothing moves" in frozen["jitter"].reason
 
 
