@@ -2,7 +2,9 @@
 
 Every path of `geometry/world/trajectory.py` is a direction in the space of all paths: six numbers a frame, rotation
 (radians) and position (median depths), which move a picture about equally. Whatever its speed, the nearest direction
-names a path; one that stays close to its mean stands still, and one that is near to no direction drifts freely.
+names a path; one that stays close to its mean stands still, and one that is near to no direction drifts freely. Of
+every path only what is slow counts, its best cubic in time: a caption says where a camera goes, not how steadily it is
+held.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from torch import Tensor
 from geometry.cameras import inverse, so3_log
 from geometry.world.trajectory import MOTIONS, Motion, Move, path
 
+SLOW = 3
+"""Degree of the polynomial that a path is taken for; an arc that eases in and out needs 3."""
 STILL = 0.02
 """Length of a frame's six numbers, about their mean and root mean square, below which a camera stands still: a slow
 pan has 0.08."""
@@ -57,8 +61,16 @@ def _numbers(c2w: Float[Tensor, "B T 4 4"], unit: Float[Tensor, " B"]) -> Float[
     """Rotation and position of each frame as seen from the middle one, less their mean."""
     middle = inverse(c2w[:, c2w.shape[1] // 2])[:, None] @ c2w
     numbers = torch.cat([so3_log(middle[..., :3, :3]), middle[..., :3, 3] / unit[:, None, None]], dim=-1)
-    numbers = numbers * numbers.new_tensor([1, 1, FORWARD, 1, 1, FORWARD])
-    return numbers - numbers.mean(dim=1, keepdim=True)
+    return _slow(numbers * numbers.new_tensor([1, 1, FORWARD, 1, 1, FORWARD]))
+
+
+def _slow(numbers: Float[Tensor, "*batch T 6"]) -> Float[Tensor, "*batch T 6"]:
+    """The nearest path that is a polynomial of degree `SLOW`, less its mean."""
+    time = torch.linspace(-1, 1, numbers.shape[-2], dtype=numbers.dtype)
+    powers = time[:, None] ** torch.arange(min(SLOW, len(time) - 1) + 1)
+    basis = torch.linalg.qr(powers)[0][:, 1:]  # the first is the mean
+    slow: Tensor = basis @ (basis.mT @ numbers)
+    return slow
 
 
 @cache
@@ -69,7 +81,7 @@ def _bank(T: int) -> tuple[list[tuple[Motion, int]], Float[Tensor, "templates nu
         position, rotation = path(np.random.default_rng(seed), move, T, 1.0)
         numbers = torch.from_numpy(np.concatenate([rotation, radius * position], axis=1))
         numbers = numbers * numbers.new_tensor([1, 1, FORWARD, 1, 1, FORWARD])
-        numbers = (numbers - numbers.mean(dim=0)).flatten()
+        numbers = _slow(numbers).flatten()
         names.append((move.motion, move.side))
         rows.append(numbers / numbers.norm())
     return names, torch.stack(rows)

@@ -7,6 +7,7 @@ from geometry.cameras import rigid, so3_exp
 from geometry.types import Geometry
 from geometry.world import MOTIONS, make_clips
 from geometry.world.stage import draw_take
+from vggrpo.bootstrap import verbs
 from vggrpo.bootstrap.verbs import read_motion
 from vggrpo.bootstrap.verbs_eval import confusion, report_verbs, score
 
@@ -58,6 +59,20 @@ def test_some_shake_is_survived_and_noise_alone_is_no_verb(truth):
     assert score(shaken, wanted)["verb and side"] >= 0.85
     lost = rigid(so3_exp(0.2 * noise[..., :3]), noise[..., 3:])
     assert set(read_motion(lost, depth)[0]) == {"random"}
+
+
+def test_a_hand_that_sways_changes_few_verbs(monkeypatch):
+    """Two degrees of it, as in half of the generator's footage; of a camera that stands still it is all there is."""
+    takes = [draw_take(seed, 17, (16, 16), False, None, 0.0, 1.0, swaying=2.0) for seed in SEEDS]
+    takes = [take for take in takes if take.move.motion != "static"]
+    c2w = torch.cat([take.shot.c2w for take in takes])
+    depth = torch.tensor([take.scene.focus for take in takes])[:, None, None, None].repeat(1, 17, 2, 2)
+    wanted = [(take.move.motion, take.move.side) for take in takes]
+    assert score(list(zip(*read_motion(c2w, depth), strict=True)), wanted)["verb and side"] >= 0.9
+    monkeypatch.setattr("vggrpo.bootstrap.verbs.SLOW", 16)
+    verbs._bank.cache_clear()
+    assert score(list(zip(*read_motion(c2w, depth), strict=True)), wanted)["verb and side"] < 0.75, "the control"
+    verbs._bank.cache_clear()
 
 
 def test_controls_are_at_chance(truth):
