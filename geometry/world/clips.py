@@ -122,7 +122,8 @@ def make_clip(
         motion: one of `MOTIONS`; None draws it.
         jitter: hand-held shake, the standard deviation per axis and frame: this many degrees of rotation and 0.02 as
             many scene units of translation. Scene and command do not change with it.
-        sway: hand-held sway, waves of some six frames whose root mean square is that per axis. The same holds for it.
+        sway: the bobbing of somebody who walks, a wave of some eight frames: its root mean square, degrees of pitch and
+            0.02 as many scene units of height. The same holds for it.
         texture_scale: size of noise cells, checks and stripes. At 1 they span 12 to 40 % of the width of the view,
             far above the pixel grid's limit; below 0.2 at 64 pixels they reach it.
         supersample: rays per pixel side for the colour; 1 leaves the edges jagged. Depth is always the pixel centre's.

@@ -16,8 +16,8 @@ Motion = Literal[
 MOTIONS: tuple[Motion, ...] = get_args(Motion)
 SHAKE_UNITS = 0.02
 """Scene units of hand-held translation that come with one degree of hand-held rotation."""
-SWAY_FRAMES = (4.8, 7.5)
-"""Shortest and longest period of hand-held sway: about 1.4 Hz, a walking camera's, at 8 frames a second."""
+SWAY_FRAMES = (7.0, 9.0)
+"""Shortest and longest period of sway: about two steps a second, at 16 frames a second."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,18 @@ def shake(rng: np.random.Generator, frames: int, jitter: float) -> tuple[np.ndar
 
 
 def sway(rng: np.random.Generator, frames: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hand-held swaying, a wave of its own on each axis, none in frame 0: position `[T 3]` and rotation `[T 3]`.
+    """How a camera bobs that is carried by somebody who walks, none in frame 0: position `[T 3]` and rotation `[T 3]`.
 
-    `amount` is the waves' root mean square in degrees; positions sway by `SHAKE_UNITS` scene units per degree. Unlike
-    `shake` it has one velocity from frame to frame, so that a video VAE of four frames a latent can keep it.
+    One wave: down and downwards, up and upwards. `amount` is its root mean square in degrees of pitch; height goes with
+    it by `SHAKE_UNITS` scene units per degree. Unlike `shake` it has one velocity from frame to frame, so that a video
+    VAE of four frames a latent can keep it.
     """
-    period, phase = rng.uniform(*SWAY_FRAMES, size=(2, 1, 3)), rng.uniform(0, 2 * np.pi, size=(2, 1, 3))
-    wave = math.sqrt(2) * amount * np.sin(2 * np.pi * np.arange(frames)[:, None] / period + phase)
-    wave -= wave[:, :1]
-    return wave[0] * SHAKE_UNITS, np.radians(wave[1])
+    position, rotation = np.zeros((frames, 3)), np.zeros((frames, 3))
+    period, phase = rng.uniform(*SWAY_FRAMES), rng.uniform(0, 2 * np.pi)
+    wave = math.sqrt(2) * amount * np.sin(2 * np.pi * np.arange(frames) / period + phase)
+    position[:, 1] = SHAKE_UNITS * (wave - wave[0])
+    rotation[:, 0] = -np.radians(wave - wave[0])
+    return position, rotation
 
 
 def _around(angle: np.ndarray, focus: float) -> tuple[np.ndarray, np.ndarray]:
