@@ -22,6 +22,8 @@ KEPT_MOTION, KEPT_SHARPNESS = 0.9, 0.95
 """Shares of the base's that the tuned model must keep."""
 MATCHED = (0.8, 1.25)
 """Ratio of motion, tuned to base, within which a pair counts as motion-matched."""
+MORE_NA = 0.05
+"""Share of the videos that a judge may fall silent on, beyond those that it cannot judge of the base's."""
 RESAMPLED = 4000
 LEVEL = 0.05
 """Of significance; the verdict divides it by the number of judges of geometry that could have improved."""
@@ -124,6 +126,7 @@ class Verdict:
 def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
     """PASS: a judge of geometry improves, raw and motion-matched, at kept motion, sharpness and N/A, and none worsens.
 
+    A judge that can judge fewer of the videos than before does not count as improved, whatever it says of the others.
     "Surely" is at `LEVEL` over the number of judges of geometry (Bonferroni): the more are asked, the more one of them
     improves by chance.
     """
@@ -131,22 +134,24 @@ def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
     asked = [name for name in table if name.startswith(CONSISTENCY) and table[name].pairs]
     level = LEVEL / max(len(asked), 1)
     better = [name for name in asked if table[name].improved(level)]
-    sounder = [name for name in better if matched[name].improved()]
+    silenced = [name for name in better if table[name].tuned_na > table[name].base_na + MORE_NA]
+    judging = [name for name in better if name not in silenced]
+    sounder = [name for name in judging if matched[name].improved()]
     reasons = []
     if not better:
         reasons.append(f"no judge of geometry improves surely (p <= {level:.3g} for each of {len(asked)})")
+    elif not judging:
+        reasons += [
+            f"{name} cannot judge {table[name].tuned_na:.0%} of the videos, {table[name].base_na:.0%} before"
+            for name in silenced
+        ]
     elif not sounder:
-        reasons.append(f"{', '.join(better)} improve, but not among videos that move as much as before")
+        reasons.append(f"{', '.join(judging)} improve, but not among videos that move as much as before")
     if not motion >= KEPT_MOTION:
         reasons.append(f"motion is {motion:.2f} of the base's, less than {KEPT_MOTION}")
     if not sharpness >= KEPT_SHARPNESS:
         reasons.append(f"sharpness is {sharpness:.2f} of the base's, less than {KEPT_SHARPNESS}")
     reasons += [f"{name} worsens surely" for name in asked if table[name].worsened(level)]
-    reasons += [
-        f"{name} cannot judge {table[name].tuned_na:.0%} of the videos, {table[name].base_na:.0%} before"
-        for name in better
-        if table[name].tuned_na > table[name].base_na + 0.05
-    ]
     steadier = [name for name in STEADINESS if name in table and table[name].improved()]
     return Verdict(not reasons, reasons, motion, sharpness, sounder, steadier)
 

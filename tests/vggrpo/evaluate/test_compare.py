@@ -90,6 +90,21 @@ def test_few_prompts_prove_little_however_much_they_agree():
     assert paired([{"x": Value(1.0)}] * 30, [{"x": Value(0.5)}] * 30, [k % 6 for k in range(30)], "x").improved()
 
 
+def test_a_judge_that_falls_silent_does_not_count_and_the_others_do():
+    base = [told | {"referee/reprojection": Value(0.1)} for told in videos()]
+    tuned = [
+        told | {"referee/reprojection": Value(math.nan, "hardly travels") if k % 3 == 0 else Value(0.05)}
+        for k, told in enumerate(videos(sampson=0.4, seed=1))
+    ]
+    _, _, told = compare(base, tuned, PROMPTS)
+    assert told.passed
+    assert told.sounder == ["sampson/stride_4"]
+    alone = [[{k: v for k, v in one.items() if not k.startswith("sampson")} for one in some] for some in (base, tuned)]
+    _, _, told = compare(*alone, PROMPTS)
+    assert not told.passed
+    assert told.sounder == []
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
