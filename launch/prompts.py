@@ -11,10 +11,12 @@ from pathlib import Path
 from vggrpo.bootstrap.captions import draw_captions, seeds_of
 
 FOLDER = Path("assets/prompts")
-SCENES = 8
-"""Of the generator that ships: `launch/recipes/bootstrap/generator.yaml`."""
-FILES = {"train": (50_000_000, 64, False), "held_out": (51_000_000, 32, True)}
-"""Name: first seed, how many, and whether the generator was never told such a caption."""
+SCENES = 2
+"""Of the generator that ships: `launch/recipes/bootstrap/generator_hand_held.yaml`."""
+FILES = {"train": (50_000_000, 64, False), "held_out": (51_000_000, 28, True)}
+"""Name: first seed, how many, and whether the generator was never told such a caption; 28 are all that there are."""
+DRAWN = 400
+"""Seeds that they are chosen from."""
 
 
 def prompts(first_seed: int, count: int, unseen: bool) -> list[str]:
@@ -32,7 +34,7 @@ def main() -> None:
 def _moving(first_seed: int, unseen: bool) -> Iterator[str]:
     """Without an order: neighbouring seeds share a scene."""
     told = set()
-    seeds = seeds_of(first_seed, 16 * SCENES, SCENES, unseen)
+    seeds = seeds_of(first_seed, DRAWN, SCENES, unseen)
     random.Random(0).shuffle(seeds)
     for caption in draw_captions(seeds, SCENES):
         if caption.facts["camera"] != "static" and caption.text not in told:

@@ -82,8 +82,10 @@ def generator_rows(assets: Path, first_seed: int) -> list[Row]:
     """50 samples."""
     recipe = read_card(assets / "tiny-wan")["recipe"]
     pipe, reader = load_generator(assets / "tiny-wan"), load_reader(assets / "tiny-referee")
-    scenes = recipe["training"]["data"].get("scenes")
-    found = evaluate_generator(pipe, reader, 50, Sampling(**recipe["sampling"]), scenes, first_seed)
+    data = recipe["training"]["data"]
+    found = evaluate_generator(
+        pipe, reader, 50, Sampling(**recipe["sampling"]), data["scenes"], first_seed, data.get("sway", 0.0)
+    )
     return [
         Row("camera as told (motion and side)", found["verb"], generator_card.VERBS),
         Row("ceiling: rendered clips through the VAE", found["ceiling"]["verb"]),

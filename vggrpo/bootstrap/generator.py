@@ -1,6 +1,7 @@
 """The embedded generator: a Wan transformer, trained by the ordinary finetuner, becomes a whole WanPipeline."""
 
 import copy
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,15 @@ class GeneratorRecipe:
     referee: str = "assets/tiny-referee"
     """Folder of the geometry model that says what the camera does in the samples."""
     training: SftRecipe = field(default_factory=lambda: SftRecipe(new=WanSize()))
-    """As for `vggrpo sft`."""
+    """As for `vggrpo sft`; without `new`, the transformer of the asset goes on."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the card's samples are drawn."""
     num_samples: int = 100
     """Held-out captions that it is measured on."""
 
     def __post_init__(self) -> None:
-        if self.training.new is None:
-            raise ValueError("training.new must be the size of the generator: it starts from nothing")
+        if self.training.lora is not None:
+            raise ValueError("training.lora must be left out: the generator is a whole transformer")
         if self.training.model != self.asset:
             raise ValueError(f"training.model is {self.training.model} and asset {self.asset}: they must be one folder")
         if self.sampling.max_len != self.training.max_len:
@@ -80,6 +81,9 @@ def load_generator(folder: str | Path) -> WanPipeline:
 def publish_generator(training: Training, recipe: GeneratorRecipe, path: str, reader: Reader) -> list[str]:
     """Write the training's average below `recipe.asset` and measure what was written. Returns what to tell the user."""
     folder = Path(recipe.asset)
+    went_on_from = (
+        None if recipe.training.new is not None else _shortened(json.loads((folder / "card.json").read_text()))
+    )
     write_pipeline(training, folder, recipe.training.shift)
     data, held_out = recipe.training.data, recipe.training.held_out
     judged = held_out_seeds(recipe.num_samples, data.scenes)
@@ -93,6 +97,7 @@ def publish_generator(training: Training, recipe: GeneratorRecipe, path: str, re
             "held out": [judged[0], judged[-1]],
         },
         "steps": training.step,
+        "went_on_from": went_on_from,
         "plans": training.plans,
         "hours": round(training.seconds / 3600, 3),
         "hardware": hardware(recipe.training.device),
@@ -102,12 +107,24 @@ def publish_generator(training: Training, recipe: GeneratorRecipe, path: str, re
     }
     save_json(folder / "card.json", card)
     pipe = load_generator(folder)
-    card["held_out"] = evaluate_generator(pipe, reader, recipe.num_samples, recipe.sampling, data.scenes)
+    card["held_out"] = evaluate_generator(
+        pipe, reader, recipe.num_samples, recipe.sampling, data.scenes, sway=data.sway
+    )
     save_json(folder / "card.json", card)
     captions, _ = commands(judged[:20], data.scenes)
     draw_sheet(decoded(pipe.vae, sample_latents(pipe, captions, recipe.sampling)), folder / PICTURE)
     (folder / "README.md").write_text(card_text(card, captions))
     return [f"wrote {folder}", *result_lines(card["held_out"])]
+
+
+def _shortened(card: dict[str, Any]) -> dict[str, Any]:
+    """What a card must say of the transformer that another training begins with; after a second try, of the first."""
+    if card.get("went_on_from") is not None:
+        earlier: dict[str, Any] = card["went_on_from"]
+        return earlier
+    return {name: card[name] for name in ("command", "steps", "hours", "hardware", "seeds")} | {
+        "clips": card["recipe"]["training"]["data"]["num_clips"]
+    }
 
 
 def write_pipeline(training: Training, folder: Path, shift: float) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from geometry.world.trajectory import SWAY_FRAMES
 from vggrpo.bootstrap.captions import HELD_OUT
 
 VERBS, SHARPNESS = 0.7, 0.2
@@ -48,6 +49,7 @@ def card_text(card: dict[str, Any], captions: list[str]) -> str:
         f"{', '.join(f'{other} {count}' for other, count in found['read_as'][name].items())} |"
         for name, share in found["by_motion"].items()
     )
+    begun = "that transformer" if card.get("went_on_from") else "a transformer of its own"
     listed = "\n".join(f"{number}. {caption}" for number, caption in enumerate(captions, 1))
     return f"""# The embedded generator
 
@@ -64,8 +66,8 @@ Prompts are those of the world's grammar. Do give `max_sequence_length`: as in e
 Other 4n + 1 lengths and other sizes (multiples of 16) work, and were not trained for.
 
 **It is deliberately ordinary**: it was trained on footage as web video is, half of it with moving bodies and half of it
-with hand-held shake that no caption mentions. So half of what it samples should shake too: that is what reinforcement
-learning is to take out of it.
+{_held(training["data"].get("sway", 0.0))} that no caption mentions. So half of what it samples should
+move like that too: that is what reinforcement learning is to take out of it.
 {_known(training["data"]["scenes"])}
 ## What it does
 
@@ -88,9 +90,9 @@ Sampled with {num_steps} steps and guidance {guidance:g}. The camera is read by 
 
 ## How it was made
 
-    {card["command"]}
+{_begun(card.get("went_on_from"))}    {card["command"]}
 
-which is `vggrpo sft` on a transformer of its own: {training["data"]["num_clips"]} clips (seeds {first} to {last}),
+which is `vggrpo sft` on {begun}: {training["data"]["num_clips"]} clips (seeds {first} to {last}),
 {card["steps"]} steps of {training["batch"]} clips, {card["hours"]:.2f} hours on the clock, {card["hardware"]}.
 {replanned}The header of the recipe says what was particular about the shipped run.
 
@@ -104,6 +106,25 @@ Flow loss on {training["held_out"]["num_clips"]} held-out clips, with their own 
 | file | sha256 |
 |---|---|
 """ + "".join(f"| {name} | {digest} |\n" for name, digest in card["sha256"].items())
+
+
+def _held(sway: float) -> str:
+    if not sway:
+        return "with hand-held shake"
+    shortest, longest = SWAY_FRAMES
+    return f"with the sway of a camera carried by hand ({sway:g} degrees, periods of {shortest} to {longest} frames)"
+
+
+def _begun(earlier: dict[str, Any] | None) -> str:
+    if earlier is None:
+        return ""
+    first, last = earlier["seeds"]["training"]
+    return f"""    {earlier["command"]}
+
+from nothing: {earlier["clips"]} clips (seeds {first} to {last}, half of them shaken from frame to frame),
+{earlier["steps"]} steps, {earlier["hours"]:.2f} hours, {earlier["hardware"]}. Then
+
+"""
 
 
 def _known(scenes: int | None) -> str:

@@ -129,12 +129,13 @@ def evaluate_generator(
     sampling: Sampling,
     scenes: int | None = None,
     first_seed: int = HELD_OUT,
+    sway: float = 0.0,
 ) -> dict[str, Any]:
     """Sharpness and obedience of `num_clips` samples of held-out captions, beside ceilings and controls.
 
     The ceiling is the rendered clip of the same seed through the VAE: what a perfect generator would give. It is
-    hand-held and has moving bodies as often as the training clips. Controls: the same samples against each other's
-    captions; unconditional samples; for sharpness, the ceiling blurred by 3 x 3.
+    hand-held (`sway` as in `render_footage`) and has moving bodies as often as the training clips. Controls: the same
+    samples against each other's captions; unconditional samples; for sharpness, the ceiling blurred by 3 x 3.
     """
     seeds = held_out_seeds(num_clips, scenes, first_seed)
     captions, told = commands(seeds, scenes)
@@ -142,7 +143,7 @@ def evaluate_generator(
     def read_all(video: Float[Tensor, "N T 3 H W"]) -> list[Verb]:
         return [verb for some in video.split(AT_ONCE) for verb in reader(some)]
 
-    rendered = torch.cat(list(render_footage(seeds, scenes=scenes))).float() / 255
+    rendered = torch.cat(list(render_footage(seeds, scenes=scenes, sway=sway))).float() / 255
     ceiling = reconstruct(pipe.vae, rendered).clamp(0, 1)
     samples = decoded(pipe.vae, sample_latents(pipe, captions, sampling))
     free = decoded(pipe.vae, sample_latents(pipe, [""] * num_clips, sampling))

@@ -32,7 +32,7 @@ from vggrpo.sft import start_sft, train_sft
 from vggrpo.sft_config import LoraSize, SftRecipe, WanSize
 
 ROOT = Path(__file__).parents[3]
-ASSET, RECIPE = ROOT / "assets/tiny-wan", ROOT / "launch/recipes/bootstrap/generator.yaml"
+ASSET, RECIPE = ROOT / "assets/tiny-wan", ROOT / "launch/recipes/bootstrap/generator_hand_held.yaml"
 TINY = WanSize(layers=2, heads=2, head_dim=16, ffn_dim=64)
 TEXTS = ["the camera pans left", "the camera stands still", "a red box bounces"]
 PLAIN = Sampling(num_steps=4, guidance=3.0, max_len=12)
@@ -187,7 +187,7 @@ def test_the_evaluation_measures_samples_against_the_vaes_own_limit(published):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: {new: null}", "training.new must be the size of the generator"),
+        ("training: {lora: {}}", "the generator is a whole transformer"),
         ("asset: elsewhere\ntraining: {new: {}}", "they must be one folder"),
         ("training: {new: {}, max_len: 50}", "must be the same"),
         ("training: {new: {}, cooldown: 2}", r"cooldown must be in \[0, 1\]"),
@@ -248,7 +248,8 @@ def test_the_shipped_numbers_hold_for_other_noise_and_captions():
     print("first seed", first)
     pipe, reader = load_generator(ASSET), load_reader(ROOT / "assets/tiny-referee")
     how = replace(recipe.sampling, seed=first)
-    found = evaluate_generator(pipe, reader, 32, how, recipe.training.data.scenes, first)
+    data = recipe.training.data
+    found = evaluate_generator(pipe, reader, 32, how, data.scenes, first, data.sway)
     assert abs(found["sharpness"] - card["held_out"]["sharpness"]) < 0.15
     assert abs(found["verb"] - card["held_out"]["verb"]) < 0.25  # three standard errors of 32 captions
     assert found["verb"] > found["controls"]["other captions"] + 0.2
@@ -258,7 +259,7 @@ def test_the_shipped_numbers_hold_for_other_noise_and_captions():
 def read_recipe_of(card):
     raw = dict(card["recipe"])
     training = dict(raw["training"])
-    training |= {"new": WanSize(**training["new"])}
+    training |= {"new": None if training["new"] is None else WanSize(**training["new"])}
     for name in ("data", "held_out"):
         training[name] = type(SftRecipe().data)(**training[name])
     return GeneratorRecipe(**(raw | {"training": SftRecipe(**training), "sampling": Sampling(**raw["sampling"])}))
