@@ -36,7 +36,7 @@ format: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m vggrpo train launch/recipes/tiny.yaml grpo.seed=$(SEED) max_minutes=$(MINUTES) out=$(DEMO)/train
-	$(BIN)/python -m vggrpo evaluate --lora vggrpo=$(DEMO)/train --best-of 4 --num-prompts 24 --seed $(SEED) \
+	$(BIN)/python -m vggrpo evaluate --lora vggrpo=$(DEMO)/train --best-of 4 --seed $(SEED) \
 		--guidance-scale 1 --guidance-geometry 1000 \
 		--out $(DEMO)/report --animate $(DEMO)/before_after.gif
 	@echo "look at $(DEMO)/before_after.gif and $(DEMO)/report/report.html"
@@ -58,6 +58,7 @@ assets: $(INSTALLED)
 	$(BOOTSTRAP) geometry $(RECIPES)/geometry_clip.yaml out=$(NEW)/geometry_clip
 	$(BOOTSTRAP) referee $(RECIPES)/referee.yaml out=$(NEW)/referee
 	$(BOOTSTRAP) generator $(RECIPES)/generator.yaml training.out=$(NEW)/generator
+	$(BOOTSTRAP) generator $(RECIPES)/generator_hand_held.yaml training.out=$(NEW)/generator_hand_held
 	$(BIN)/python -m vggrpo stitch launch/recipes/stitch/tiny.yaml out=$(NEW)/stitch
 	$(BOOTSTRAP) eval
 
