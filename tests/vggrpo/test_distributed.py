@@ -58,6 +58,7 @@ def _as_rank(rank: int, worker: Callable[..., None], num_ranks: int, port: int, 
     assert accelerator.num_processes == num_ranks, f"asked for {num_ranks} ranks, got {accelerator.num_processes}"
     assert accelerator.process_index == rank
     worker(accelerator, *args)
+    torch.distributed.barrier()  # a rank that leaves while another still talks to it can take it along (SIGABRT)
     torch.distributed.destroy_process_group()
 
 
