@@ -84,7 +84,7 @@ def generator_rows(assets: Path, first_seed: int) -> list[Row]:
     pipe, reader = load_generator(assets / "tiny-wan"), load_reader(assets / "tiny-referee")
     data = recipe["training"]["data"]
     found = evaluate_generator(
-        pipe, reader, 50, Sampling(**recipe["sampling"]), data["scenes"], first_seed, data.get("sway", 0.0)
+        pipe, reader, 50, Sampling(**recipe["sampling"]), data["scenes"], first_seed, data["sway"]
     )
     return [
         Row("camera as told (motion and side)", found["verb"], generator_card.VERBS),

@@ -49,7 +49,7 @@ def card_text(card: dict[str, Any], captions: list[str]) -> str:
         f"{', '.join(f'{other} {count}' for other, count in found['read_as'][name].items())} |"
         for name, share in found["by_motion"].items()
     )
-    begun = "that transformer" if card.get("went_on_from") else "a transformer of its own"
+    begun = "that transformer" if card["went_on_from"] else "a transformer of its own"
     listed = "\n".join(f"{number}. {caption}" for number, caption in enumerate(captions, 1))
     return f"""# The embedded generator
 
@@ -66,7 +66,7 @@ Prompts are those of the world's grammar. Do give `max_sequence_length`: as in e
 Other 4n + 1 lengths and other sizes (multiples of 16) work, and were not trained for.
 
 **It is deliberately ordinary**: it was trained on footage as web video is, half of it with moving bodies and half of it
-{_held(training["data"].get("sway", 0.0))} that no caption mentions. So half of what it samples should
+{_held(training["data"]["sway"])} that no caption mentions. So half of what it samples should
 move like that too: that is what reinforcement learning is to take out of it.
 {_known(training["data"]["scenes"])}
 ## What it does
@@ -90,7 +90,7 @@ Sampled with {num_steps} steps and guidance {guidance:g}. The camera is read by 
 
 ## How it was made
 
-{_begun(card.get("went_on_from"))}    {card["command"]}
+{_begun(card["went_on_from"])}    {card["command"]}
 
 which is `vggrpo sft` on {begun}: {training["data"]["num_clips"]} clips (seeds {first} to {last}),
 {card["steps"]} steps of {training["batch"]} clips, {card["hours"]:.2f} hours on the clock, {card["hardware"]}.

@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 from vggrpo.bootstrap import generator
 from vggrpo.bootstrap.assets import read_card
 from vggrpo.bootstrap.footage import render_footage
-from vggrpo.bootstrap.generator import FILES, GeneratorRecipe, load_generator, publish_generator
+from vggrpo.bootstrap.generator import FILES, GeneratorRecipe, _shortened, load_generator, publish_generator
 from vggrpo.bootstrap.generator_eval import (
     Sampling,
     commands,
@@ -236,6 +236,9 @@ def test_the_finetuner_starts_from_the_shipped_generator(tmp_path):
 def test_the_shipped_generator_is_small_and_what_its_card_describes():
     card = read_card(ASSET)
     assert read_recipe(GeneratorRecipe, RECIPE) == read_recipe_of(card)
+    assert card["went_on_from"]["command"].endswith("generator.yaml")
+    assert _shortened(card) == card["went_on_from"], "a second try does not take the first for where it all began"
+    assert card["went_on_from"]["command"] in (ASSET / "README.md").read_text()
     assert (ASSET / "transformer/diffusion_pytorch_model.safetensors").stat().st_size <= 10 * 2**20
 
 
