@@ -23,7 +23,7 @@ AT_ONCE = 4
 """Prompts in one rollout."""
 STILL = 0.04
 """Motion below which a prompt's camera counts as standing still, in `camera_motion`'s units: nothing is asked of it.
-A degree of hand-held sway has about this much, and the slowest of the world's moving commands three times as much."""
+Two degrees of sway alone have at most .026, and the slowest of the world's moving commands .08."""
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from geometry.world import Motion, make_clips
 from rewards import camera_motion
 from tests.rewards.helpers import line, walk
-from vggrpo.base_motion import STRIDE, floor_of, measure_base_motion
+from vggrpo.base_motion import STILL, STRIDE, floor_of, measure_base_motion
 from vggrpo.runtime import Run
 from vggrpo.trainer import score
 from vggrpo.types import Condition, Rollout
@@ -65,6 +66,17 @@ def test_nothing_is_asked_of_a_camera_that_is_told_to_stand_still(run):
     motion = measure_base_motion(Base(), scene_of, ["it stands still"], 2, 0, run)
     trembling = rollout_of(torch.tensor([[0.0, 2e-4]]), Condition(["it stands still"]))
     assert score({"floor": floor_of(motion, 1.0)}, scene_of(trembling.z0), trembling)["floor"].tolist() == [[0, 0]]
+
+
+def test_sway_alone_is_no_motion_to_keep_and_the_slowest_command_is():
+    """Else a floor at the base's own motion would ask a camera at rest to go on bobbing."""
+
+    def motion(command: Motion, sway: float) -> torch.Tensor:
+        clips = make_clips(range(16), motion=command, sway=sway, size=(16, 16), supersample=1, scenes=[0, 1] * 8)
+        return camera_motion(clips.geometry, stride=STRIDE)
+
+    assert 0.001 < motion("static", 2.0).mean() < motion("static", 2.0).max() < STILL
+    assert motion("pedestal", 0.0).min() > STILL
 
 
 def test_a_prompt_without_any_motion_to_measure_is_named(run):

@@ -11,7 +11,7 @@ import torch
 
 from vggrpo import data
 from vggrpo.bootstrap.captions import draw_captions
-from vggrpo.bootstrap.footage import kind_of, render_footage
+from vggrpo.bootstrap.footage import held, kind_of, render_footage
 from vggrpo.data import DataConfig, Encoders, encode_clips, read_folder, read_prompts, read_video
 
 
@@ -210,6 +210,7 @@ def test_clips_that_would_shake_sway_in_its_place_and_the_others_are_the_same(tm
     same = [torch.equal(a, b) for a, b in zip(shaken.z0, swaying.z0, strict=True)]
     assert same == [kind_of(seed)[1] == 0 for seed in config.seeds]
     assert sum(same) == 2
+    assert [held(0.8, 2.0), held(0.8, 0.0), held(0.0, 2.0)] == [(0.0, 2.0), (0.8, 0.0), (0.0, 0.0)]
     assert shaken.captions == swaying.captions
 
 
