@@ -22,6 +22,10 @@ TEXTURE = 2.0
 """Least standard deviation (of 255) around a point: what is flat can be anywhere."""
 CELLS = 8
 """Coverage counts the cells of an 8 x 8 grid that hold a match."""
+MIN_MATCHES = 60
+"""Of a pair of frames, both halves together."""
+MIN_COVERAGE = 0.2
+"""Share of an 8 x 8 grid."""
 
 
 class Matches(NamedTuple):
@@ -36,6 +40,21 @@ class Matches(NamedTuple):
     """Points with texture, or keypoints: what N is to be compared with."""
     method: Literal["flow", "sift"] = "flow"
     """How they were found, and so how exact they can be."""
+
+
+class Tolerance(NamedTuple):
+    """What counts as near, in pixels; SIFT's frames have more of them."""
+
+    fit: float
+    """Within which a match supports a fundamental matrix or a homography."""
+    truncated: float
+    """At which a held-out distance stops to count more."""
+    parallax: float
+    """Least 90th percentile of distances to the best homography: below it every epipolar geometry will do."""
+
+
+TOLERANCE = {"flow": Tolerance(0.5, 2.0, 0.35), "sift": Tolerance(1.0, 5.0, 1.0)}
+"""By how the matches were found."""
 
 
 class Keypoints(NamedTuple):
@@ -106,6 +125,15 @@ def match_flow(a: Frame, b: Frame, every: float = 2.0) -> Matches:
     kept = rough & inside & (loop <= AGREE)
     coverage = _coverage(grid[kept], (width, height))
     return Matches(grid[kept] / a.scale, there[kept] / a.scale, coverage, int(rough.sum()))
+
+
+def too_few(matches: Matches) -> str | None:
+    """Why nothing can be said of a pair of frames, if so."""
+    if len(matches.here) < MIN_MATCHES:
+        return f"{len(matches.here)} matches of {matches.sought}, fewer than {MIN_MATCHES}"
+    if matches.coverage < MIN_COVERAGE:
+        return f"matches cover {matches.coverage:.0%} of the picture, less than {MIN_COVERAGE:.0%}"
+    return None
 
 
 def _keypoints(gray: np.ndarray) -> Keypoints:

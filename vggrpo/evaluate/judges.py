@@ -23,31 +23,10 @@ import pycolmap
 from jaxtyping import Float
 from torch import Tensor
 
-from vggrpo.evaluate.correspond import Frame, Matches, match, prepare
+from vggrpo.evaluate.correspond import TOLERANCE, Frame, Matches, match, prepare, too_few
+from vggrpo.evaluate.motion import displacement, jitter, travel
 from vggrpo.evaluate.survival import survival
 from vggrpo.evaluate.value import NA, Value
-
-MIN_MATCHES = 60
-"""Of a pair of frames, both halves together."""
-MIN_COVERAGE = 0.2
-"""Share of an 8 x 8 grid."""
-PLACES = 4
-"""Places of a picture, along each side, whose motion `travel` follows."""
-
-
-class Tolerance(NamedTuple):
-    """What counts as near, in pixels; SIFT's frames have more of them."""
-
-    fit: float
-    """Within which a match supports a fundamental matrix or a homography."""
-    truncated: float
-    """At which a held-out distance stops to count more."""
-    parallax: float
-    """Least 90th percentile of distances to the best homography: below it every epipolar geometry will do."""
-
-
-TOLERANCE = {"flow": Tolerance(0.5, 2.0, 0.35), "sift": Tolerance(1.0, 5.0, 1.0)}
-"""By how the matches were found."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +127,7 @@ def sampson_distance(F: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.n
 
 def parallax(matches: Matches, seed: int = 0) -> Value:
     """90th percentile of the matches' distances (pixels) to the best homography; 0 for a camera that only turns."""
-    if (reason := _too_few(matches)) is not None:
+    if (reason := too_few(matches)) is not None:
         return Value(NA, reason)
     fitted = pycolmap.estimate_homography_matrix(
         matches.here, matches.there, _ransac(TOLERANCE[matches.method].fit, seed)
@@ -160,80 +139,12 @@ def parallax(matches: Matches, seed: int = 0) -> Value:
     return Value(float(np.percentile(off, 90)))
 
 
-def displacement(matches: Matches) -> Value:
-    """Median length (pixels) of the matches' motion: 0 for a frozen video."""
-    if (reason := _too_few(matches)) is not None:
-        return Value(NA, reason)
-    return Value(float(np.median(np.linalg.norm(matches.there - matches.here, axis=1))))
-
-
-def travel(pairs: list[Matches], width: int, height: int) -> Value:
-    """Motion of the picture's places, averaged over half of the video, then its length: pixels a frame.
-
-    From frame to frame, shake is much of what moves; it leads nowhere, and over many frames it cancels. The median over
-    the places of a `PLACES` x `PLACES` grid, the mean over all halves; 0 for a frozen video.
-    """
-    told = [NA_MOTION if _too_few(matches) else _by_place(matches, width, height) for matches in pairs]
-    half = max(1, (len(pairs) + 1) // 2)
-    found = []
-    for start in range(len(pairs) - half + 1):
-        window = np.stack(told[start : start + half])
-        often = 2 * np.isfinite(window[..., 0]).sum(0) >= half
-        if often.sum() * 2 >= PLACES**2:
-            found.append(float(np.median(np.linalg.norm(np.nanmean(window[:, often], axis=0), axis=1))))
-    if 2 * len(found) < len(pairs) - half + 1:
-        return Value(NA, "too few places of the picture can be followed for half of the video")
-    return Value(float(np.mean(found)))
-
-
-def jitter(pairs: list[Matches]) -> Value:
-    """|change of the picture's motion| / |motion|, of neighbouring frames: the motion is the matches' best similarity.
-
-    Four numbers a pair: shift of the middle, turn and growth in pixels at the rim. 0 for a video that glides.
-    """
-    moves = []
-    for matches in pairs:
-        if (reason := _too_few(matches)) is not None:
-            return Value(NA, reason)
-        middle = matches.here.mean(0)
-        found, _ = cv2.estimateAffinePartial2D(
-            matches.here - middle,
-            matches.there - middle,
-            method=cv2.RANSAC,
-            ransacReprojThreshold=2 * TOLERANCE[matches.method].fit,
-        )
-        if found is None:
-            return Value(NA, "no similarity fits")
-        rim = np.abs(matches.here - middle).max()
-        moves.append([found[0, 2], found[1, 2], rim * (found[0, 0] - 1), rim * found[1, 0]])
-    if len(moves) < 3:
-        return Value(NA, "fewer than 4 frames")
-    move = np.array(moves)
-    size, change = np.linalg.norm(move, axis=1), np.linalg.norm(np.diff(move, axis=0), axis=1)
-    if np.median(size) < 0.05:
-        return Value(NA, "nothing moves")
-    return Value(float(change.mean() / size.mean()))
-
-
 def flicker(frames: list[np.ndarray]) -> Value:
     """Mean change (of 255) of the picture's mean brightness that its neighbours in time do not explain."""
     light = np.array([float(frame.mean()) for frame in frames])
     if len(light) < 3:
         return Value(NA, "fewer than 3 frames")
     return Value(float(np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2).mean()))
-
-
-NA_MOTION = np.full((PLACES**2, 2), NA)
-
-
-def _by_place(matches: Matches, width: int, height: int) -> np.ndarray:
-    """[places 2]: median motion (pixels) of the matches of each place, NaN where there is none."""
-    cell = np.minimum((matches.here / [width, height] * PLACES).astype(int), PLACES - 1)
-    of, move = cell[:, 1] * PLACES + cell[:, 0], matches.there - matches.here
-    found = NA_MOTION.copy()
-    for place in np.unique(of):
-        found[place] = np.median(move[of == place], axis=0)
-    return found
 
 
 def _laplacian(frame: Frame) -> float:
@@ -246,14 +157,6 @@ def _mean(values: list[Value]) -> Value:
     if 2 * len(numbers) < len(values) or not numbers:
         return Value(NA, next((v.reason for v in values if v.reason), "nothing to compare"))
     return Value(float(np.mean(numbers)))
-
-
-def _too_few(matches: Matches) -> str | None:
-    if len(matches.here) < MIN_MATCHES:
-        return f"{len(matches.here)} matches of {matches.sought}, fewer than {MIN_MATCHES}"
-    if matches.coverage < MIN_COVERAGE:
-        return f"matches cover {matches.coverage:.0%} of the picture, less than {MIN_COVERAGE:.0%}"
-    return None
 
 
 def _halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

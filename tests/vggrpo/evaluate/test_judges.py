@@ -8,8 +8,9 @@ import torch
 
 from geometry.cameras import inverse
 from geometry.world import PERTURBATIONS, make_clip, make_clips
-from vggrpo.evaluate.correspond import match, prepare
-from vggrpo.evaluate.judges import Matches, displacement, jitter, judge, parallax, sampson, sampson_distance
+from vggrpo.evaluate.correspond import Matches, match, prepare
+from vggrpo.evaluate.judges import judge, parallax, sampson, sampson_distance
+from vggrpo.evaluate.motion import displacement, jitter
 
 
 @pytest.fixture(scope="module")
