@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,6 +17,20 @@ from geometry.distance import OutputWeights, output_distances
 from geometry.hooks import recorded
 from geometry.latent import LatentGeometryModel
 from geometry.stitch import Sample, student, teach
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Of a training's learning rate."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def clip(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -75,11 +90,11 @@ def add_lora(model: LatentGeometryModel, rank: int, alpha: int) -> None:
 
 
 def trained(model: LatentGeometryModel) -> dict[str, nn.Parameter]:
-    """What distillation changes, by name: the connector, the prefix, and the adapters."""
+    """What distillation changes, by name: the connector with its refiner, the prefix, and the adapters."""
     return {name: p for name, p in model.named_parameters() if not name.startswith("backbone.") or "lora_" in name}
 
 
-def learning_rate(step: int, config: DistilConfig) -> float:
+def learning_rate(step: int, config: Schedule) -> float:
     """As a fraction of the highest: linear up to 1, then a cosine down to 0."""
     if step < config.warmup:
         return (step + 1) / (config.warmup + 1)
@@ -130,7 +145,7 @@ def distil_backward(
     return {**record, "loss": float(loss.detach())}
 
 
-def distil_update(optimizer: torch.optim.Optimizer, step: int, config: DistilConfig) -> dict[str, float]:
+def distil_update(optimizer: torch.optim.Optimizer, step: int, config: Schedule) -> dict[str, float]:
     """The `step`-th step from 0, on the gradient that was added up: its norm before clipping, and the learning rate."""
     rate = config.lr * learning_rate(step, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from geometry.backbone import Grid, HookedBackbone, Tokens
 from geometry.cameras import rescaled
+from geometry.refiner import Refiner
 from geometry.types import Geometry
 
 TimeMode = Literal["frames", "phases", "latent"]
@@ -68,6 +69,8 @@ class LatentSpec:
 class Connector(nn.Module):
     """Normalised latents -> patch tokens of a stitch point: interpolation where it is needed, and one Conv3d.
 
+    With a `width`, a `Refiner` adds what that convolution misses (`geometry/refine.py`).
+
     `stride` latents per token side, or (`split`) tokens per latent side: a token finer than a latent gets weights of
     its own for each place it can have within that latent, as each frame does in the time mode "phases".
     """
@@ -82,12 +85,16 @@ class Connector(nn.Module):
         stride: int = 1,
         split: int = 1,
         padding: Literal["replicate", "zeros"] = "replicate",
+        width: int = 0,
+        blocks: int = 2,
     ) -> None:
         """
         Args:
             dim: width of the tokens.
             kernel: (time, rows, columns), odd; by default 5 x 3 x 3 over video frames, 3 x 3 x 3 over latent frames.
             padding: what half a kernel beyond the borders sees; the fit sees the same.
+            width: of the refiner; 0 for none.
+            blocks: of the refiner.
         """
         super().__init__()
         kernel = kernel or (5 if mode == "frames" else 3, 3, 3)
@@ -103,6 +110,14 @@ class Connector(nn.Module):
             (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2),
             padding_mode=padding,
         )
+        self.refiner: Refiner | None = None
+        if width:
+            self.add_refiner(width, blocks)
+
+    def add_refiner(self, width: int, blocks: int) -> None:
+        """One that changes nothing yet."""
+        refiner = Refiner(self.latent.channels, self.conv.out_channels, width, blocks, self.stride)
+        self.refiner = refiner.to(self.conv.weight)
 
     def grid(self, h: int, w: int) -> Grid:
         """Token rows and columns for latents of h x w: the nearest whole number (halves up), at least one."""
@@ -116,7 +131,9 @@ class Connector(nn.Module):
             ValueError: latents with another number of channels, or a grid that `split` does not divide.
         """
         p, u = self.phases, self.split
-        maps = self.conv(self.resampled(z, grid)).movedim(1, -1).unflatten(-1, (p, u, u, self.dim))
+        x = self.resampled(z, grid)
+        maps = self.conv(x) if self.refiner is None else self.conv(x) + self.refiner(x)
+        maps = maps.movedim(1, -1).unflatten(-1, (p, u, u, self.dim))
         maps = maps.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
         return maps[:, p - 1 :]  # latent 0 has one frame, which is the last of its group
 

@@ -80,7 +80,7 @@ def stitch(
     fit = ConnectorFit(connector, len(points) * backbone.spec.dim)
     prefix, rows = torch.zeros(len(points), backbone.spec.num_prefix, backbone.spec.dim, dtype=torch.float64), 0
     for sample in samples:
-        patches, prefixes = _tokens(backbone, connector, points, sample)
+        patches, prefixes = tokens(backbone, connector, points, sample)
         fit.add(sample.z, patches)
         prefix = prefix.to(prefixes.device) + prefixes.double().sum((0, 1))
         rows += prefixes.shape[0] * prefixes.shape[1]
@@ -122,7 +122,7 @@ def rank_layers(
     sums: dict[str, dict[str, Tensor]] = {point: {} for point in points}
     clips = 0
     for sample in samples:
-        fit.add(sample.z, _tokens(first.backbone, first.connector, points, sample)[0])
+        fit.add(sample.z, tokens(first.backbone, first.connector, points, sample)[0])
         truth = teach(first, sample)
         for point, model in models.items():
             for name, value in output_distances(student(model, sample), truth).items():
@@ -190,10 +190,10 @@ def _seen(connector: Connector, sample: Sample) -> tuple[Tensor, Tensor | None, 
 
 
 @torch.no_grad()
-def _tokens(
+def tokens(
     backbone: HookedBackbone, connector: Connector, points: Sequence[str], sample: Sample
 ) -> tuple[Float[Tensor, "B T rows columns D"], Float[Tensor, "B T points P dim"]]:
-    """The teacher's tokens, points side by side."""
+    """The teacher's at the model's frames: patch tokens of all points side by side, and prefix tokens."""
     images, intrinsics, grid = _seen(connector, sample)
     with adapters_disabled(backbone):
         found = backbone.tokens_at(points, images, intrinsics, grid)

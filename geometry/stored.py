@@ -35,6 +35,7 @@ def save_latent_model(model: LatentGeometryModel, folder: str | Path, facts: dic
             "stride": net.stride,
             "split": net.split,
             "padding": net.conv.padding_mode,
+            **({} if net.refiner is None else {"width": net.refiner.width, "blocks": len(net.refiner.blocks)}),
         },
         "lora": model.lora and {"rank": model.lora[0], "alpha": model.lora[1]},
         "sha256": _sha256(folder / WEIGHTS),

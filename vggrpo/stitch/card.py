@@ -8,7 +8,8 @@ from vggrpo.stitch.fidelity import COARSE, FIDELITY_BARS, FINE, REWARDS, UNSEEN,
 from vggrpo.stitch.judge import RATIO_BAR, ratios
 from vggrpo.stitch.noise import SHOWN
 
-MODELS = ("teacher", "teacher on decoded latents", "random connector", "closed form", "distilled")
+MODELS = ("teacher", "teacher on decoded latents", "random connector", "closed form", "refined", "distilled")
+"""In the order of the tables; "refined" where the recipe refines."""
 SOURCES = {"latent model": "latent model", "teacher": "teacher (RGB)", "barely trained": "control: barely trained"}
 
 
@@ -23,8 +24,9 @@ def table(head: Sequence[str], rows: Mapping[str, Sequence[float | str]]) -> lis
 
 def held_out_table(numbers: dict[str, dict[str, float]]) -> list[str]:
     """Every way to get a geometry against the truth, and the shipped one's errors in the teacher's."""
-    rows: dict[str, Sequence[float | str]] = {name: [numbers[name][k] for k in BARS] for name in MODELS}
-    for name in ("closed form", "distilled"):
+    there = [name for name in MODELS if name in numbers]
+    rows: dict[str, Sequence[float | str]] = {name: [numbers[name][k] for k in BARS] for name in there}
+    for name in there[there.index("closed form") :]:
         rows[f"{name} / teacher"] = list(ratios(numbers[name], numbers["teacher"]).values())
     return table(["all clips", *BARS], rows)
 
@@ -68,7 +70,9 @@ def card_text(card: dict[str, Any]) -> str:
         if kind != "all"
     }
     distances = {
-        name: [x for k, x in held["all"][name].items() if k.startswith("from")] for name in MODELS if name != "teacher"
+        name: [x for k, x in held["all"][name].items() if k.startswith("from")]
+        for name in MODELS
+        if name in held["all"] and name != "teacher"
     }
     outputs = [k.removeprefix("from teacher: ") for k in held["all"]["distilled"] if k.startswith("from")]
     ranking = {
@@ -96,11 +100,16 @@ def card_text(card: dict[str, Any]) -> str:
     ]
     costs = {name: list(x.values()) for name, x in modes["cost"].items()}
     curve = {str(p["step"]): [p["seconds"] / 60, p["total"], p["rotation"], p["log_depth"]] for p in card["curve"]}
+    refined = {str(p["step"]): [p["seconds"] / 60, p["r2"], p["change r2"]] for p in card["refined"]["curve"]}
+    net, took = recipe["refine"], card["refined"]["hours"]
+    connector = "one Conv3d"
+    if refined:
+        connector += f" and, for what it misses, {net['blocks']} residual blocks of {net['width']} channels"
     lines = [
         "# tiny-lgm",
         "",
         f"The latent geometry model of the embedded stack: {card['what']}.",
-        f"A connector (one Conv3d) takes the latents to the tokens of `{card['point']}` of",
+        f"A connector ({connector}) takes the latents to the tokens of `{card['point']}` of",
         f"`{recipe['geometry']}`, whose tail, with LoRA, does the rest; {card['parameters']:,} trained numbers.",
         f'Time mode "{card["mode"]}": a token map for each of the 17 video frames.',
         "",
@@ -108,7 +117,8 @@ def card_text(card: dict[str, Any]) -> str:
         '    model = load_lgm("assets/tiny-lgm", "assets/tiny-geometry", "assets/tiny-wan/vae")',
         "    scene = model(z0)        # normalised latents, as samplers hold them -> geometry.Geometry",
         "",
-        f"Made by `{card['command']}`: {card['steps']} steps, {60 * card['hours']:.0f} minutes of distillation,",
+        f"Made by `{card['command']}`: {net['steps']} steps, {60 * took:.0f} minutes of refining,",
+        f"{card['steps']} steps, {60 * card['hours']:.0f} minutes of distillation,",
         f"{card['hardware']}, on {recipe['num_clips']} clips of the world (seeds from {recipe['first_clip']}) and",
         f"{recipe['sampling']['num_samples']} videos of the generator.",
         "",
@@ -178,6 +188,9 @@ def card_text(card: dict[str, Any]) -> str:
         "## Curve (clips that layers are ranked on, the running average of the weights)",
         "",
         *table(["step", "minutes", "total distance", "rotation", "log depth"], curve),
+        "",
+        *(["The refiner's, on the same clips; the change is that from frame to frame.", ""] if refined else []),
+        *(table(["step", "minutes", "R^2 of tokens", "R^2 of their change"], refined) if refined else []),
         "",
         *table(["file", "sha256"], {name: [digest] for name, digest in card["sha256"].items()}),
         "",

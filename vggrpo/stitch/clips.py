@@ -12,8 +12,9 @@ from torch import Tensor
 
 from geometry.latent import LatentSpec
 from geometry.stitch import Sample
+from geometry.world import make_clips
 from vggrpo.bootstrap.assets import load_tensors, read_card, save_tensors
-from vggrpo.bootstrap.geometry_train import lessons_of
+from vggrpo.bootstrap.geometry_train import JITTER, RENDERED_AT_ONCE
 from vggrpo.bootstrap.progress import Progress
 from vggrpo.bootstrap.vae import decode, denormalise, encode, normalise
 from vggrpo.data import read_prompts
@@ -69,12 +70,24 @@ def decoded(vae: AutoencoderKLWan, z: Float[Tensor, "N C L h w"]) -> Float[Tenso
     return torch.cat([decode(vae, denormalise(vae, some)).clamp(0, 1) for some in z.split(AT_ONCE)])
 
 
-def world_clips(path: Path, vae: AutoencoderKLWan, seeds: range, patch: int) -> Clips:
-    """Clips of the world, hand-held and with moving bodies as those the teacher learnt from; kept in `path`."""
+def world_clips(path: Path, vae: AutoencoderKLWan, seeds: range, sway: float = 0.0) -> Clips:
+    """Clips of the world, with moving bodies and hand-held as those the teacher learnt from; kept in `path`.
+
+    With a `sway`, a third of them sway by so many degrees, in place of those that shake least.
+    """
     if not path.exists():
-        lessons = lessons_of(seeds, patch)
-        z = latents_of(vae, lessons.video.float() / 255)
-        save_tensors(path, {"z": z, "video": lessons.video, "intrinsics": lessons.intrinsics.contiguous()})
+        parts: list[dict[str, Tensor]] = []
+        progress = Progress()
+        for k, start in enumerate(range(seeds.start, seeds.stop, RENDERED_AT_ONCE)):
+            some = range(start, min(start + RENDERED_AT_ONCE, seeds.stop))
+            shaking = JITTER[k // 2 % len(JITTER)]
+            shake, swaying = (0.0, sway) if sway and k // 2 % 3 == 2 else (shaking, 0.0)
+            clip = make_clips(some, dynamic=k % 2 == 1, jitter=shake, sway=swaying)
+            video = (255 * clip.video).round().byte()
+            z, intrinsics = latents_of(vae, video.float() / 255), clip.geometry.intrinsics
+            parts.append({"z": z, "video": video, "intrinsics": intrinsics})
+            progress(f"rendering and encoding: {some.stop - seeds.start} of {len(seeds)} clips")
+        save_tensors(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     return Clips(**load_tensors(path)[0])
 
 

@@ -43,10 +43,17 @@ def made(found: dict[str, Any], curve: Sequence[dict[str, Any]]) -> Figure:
     left.set(title="closed forms, held out", xlabel="$R^2$ of the tokens", ylabel=DISTANCE)
     middle.plot([p["step"] for p in curve], [p["total"] for p in curve], "o-")
     middle.set(title="distillation, held out", xlabel="step", ylabel=DISTANCE, ylim=(0, None))
-    numbers, width = found["held_out"]["all"], 0.27
-    for shift, model in enumerate(("teacher on decoded latents", "closed form", "distilled")):
+    numbers = found["held_out"]["all"]
+    shown = [name for name in ("teacher on decoded latents", "closed form", "refined", "distilled") if name in numbers]
+    width = 0.8 / len(shown)
+    for shift, model in enumerate(shown):
         values = ratios(numbers[model], numbers["teacher"])
-        right.bar([x + width * (shift - 1) for x in range(len(values))], list(values.values()), width, label=model)
+        right.bar(
+            [x + width * (shift - (len(shown) - 1) / 2) for x in range(len(values))],
+            list(values.values()),
+            width,
+            label=model,
+        )
     right.axhline(1, color="black", linewidth=0.8)
     right.axhline(RATIO_BAR, color="grey", linestyle="--", linewidth=0.8, label=f"bar {RATIO_BAR}")
     right.set_xticks(range(len(BARS)), list(BARS), rotation=30, ha="right")

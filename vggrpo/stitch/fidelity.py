@@ -27,6 +27,9 @@ from vggrpo.stitch.clips import AT_ONCE, latents_of
 FIRST_SEED = 9_800_000
 MOVING: tuple[Motion, ...] = ("orbit", "truck", "dolly_in", "pan", "random", "arc", "pedestal", "tilt", "dolly_out")
 """Camera motions that the clips have in turn; every other clip has moving bodies."""
+SWAY = (0.0, 0.0, 2.0, 2.0)
+"""Degrees of a walker's bobbing that the clips have in turn, as the generator's footage has it: steady clips alone have
+one true smoothness, 1, which most faults leave alone: a rank correlation would be that of ties."""
 UNSEEN = ("depth_flicker",)
 """Faults of a geometry that no pixel can show."""
 COARSE, FINE = (0, 2, 4), (0.5, 1.0, 1.5)
@@ -64,7 +67,10 @@ FIDELITY_BARS = {"motion_smoothness": 0.8, "reprojection_consistency": 0.6}
 
 def versions(count: int) -> tuple[list[tuple[str, float]], Callable[[str, float], list[Clip]]]:
     """(fault, magnitude) of every version of the clips, the first of them none, and what makes the clips of one."""
-    clips = [make_clip(FIRST_SEED + n, motion=MOVING[n % len(MOVING)], dynamic=n % 2 == 1) for n in range(count)]
+    clips = [
+        make_clip(FIRST_SEED + n, motion=MOVING[n % len(MOVING)], dynamic=n % 2 == 1, sway=SWAY[n % len(SWAY)])
+        for n in range(count)
+    ]
     listed = [("none", 0.0)]
     for name, fault in PERTURBATIONS.items():
         if name not in UNSEEN:

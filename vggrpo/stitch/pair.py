@@ -37,7 +37,7 @@ from vggrpo.stitch.judge import random_connector
 from vggrpo.stitch.load import read_latent_spec, weights_of
 from vggrpo.stitch.pair_card import card_text
 from vggrpo.stitch.pair_recipe import MAY_CHANGE, PairRecipe
-from vggrpo.stitch.pair_train import Distances, autocast, distances, distil
+from vggrpo.stitch.pair_train import Distances, autocast, distances, distilling, refining, train
 from vggrpo.stitch.shelf import fill, samples, split
 from vggrpo.stitch.team import Team
 
@@ -67,7 +67,10 @@ def stitch_pair(recipe: PairRecipe, path: str, *, allow_import: bool = False) ->
     found = controls(recipe, backbone, vae, ranked[0], parts[2], team)
     del vae
     model = _closed(recipe, backbone, ranked[0], team)
-    training = distil(recipe, model, parts, team)
+    refined = train(recipe, refining(recipe), model, parts, team) if recipe.refine.steps else None
+    if refined is not None:
+        found["refined"] = distances(recipe, lambda one: student(model, one), model, parts[2], team)
+    training = train(recipe, distilling(recipe), model, parts, team)
     found["distilled"] = distances(recipe, lambda one: student(model, one), model, parts[2], team)
     card = {
         "what": f"normalised latents of the VAE in {recipe.wan} to what {recipe.geometry} says of the video",
@@ -83,6 +86,7 @@ def stitch_pair(recipe: PairRecipe, path: str, *, allow_import: bool = False) ->
         "hours": round(training.seconds / 3600, 3),
         "hardware": f"{team.size} x {hardware(team.device.type)}",
         "ranking": [asdict(layer) for layer in ranked],
+        "refined": None if refined is None else {"plans": refined.plans, "curve": refined.curve},
         "held_out": found,
         "curve": training.curve,
     }

@@ -10,6 +10,7 @@ import yaml
 
 from geometry.distil import DistilConfig
 from geometry.latent import TimeMode
+from geometry.refine import RefineConfig
 from vggrpo.config import LaunchConfig
 from vggrpo.data import DataConfig
 from vggrpo.recipe import read_recipe
@@ -87,6 +88,8 @@ class PairRecipe:
     """Stitch points in one pass over the clips: their tokens of one clip are held together."""
     ridge: float = 1e-4
     """Of the closed form, in units of the latents' mean variance."""
+    refine: RefineConfig = field(default_factory=lambda: RefineConfig(steps=0, warmup=0))
+    """What is added to the best one's convolution before it is distilled; 0 steps add nothing."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     """Of the best one."""
     batch: int = 12

@@ -1,17 +1,18 @@
-"""Distillation of a pair's closed form, clip by clip, on any number of processes, resumable to the bit."""
+"""Refining and distillation of a pair's closed form, clip by clip, on any number of processes, resumable to the bit."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from geometry.distance import output_distances
-from geometry.distil import distil_backward, distil_update, start
+from geometry.distil import DistilConfig, distil_backward, distil_update, start
 from geometry.latent import LatentGeometryModel
+from geometry.refine import RefineConfig, refine_backward, start_refine
 from geometry.stitch import Sample, student, teach
 from geometry.types import Geometry
 from vggrpo.bootstrap.progress import Progress
@@ -24,12 +25,35 @@ Speak = Callable[[Sample], Geometry]
 Distances = dict[str, float]
 
 
-def distil(recipe: PairRecipe, model: LatentGeometryModel, parts: Sequence[list[int]], team: Team) -> Training[Any]:
+class Stage(NamedTuple):
+    """What is trained, towards what, and how."""
+
+    name: str
+    config: DistilConfig | RefineConfig
+    start: Callable[..., torch.optim.Optimizer]
+    """(model, config): what it trains, and nothing else, requires a gradient afterwards."""
+    backward: Callable[..., dict[str, float]]
+    """(model, sample, config, share): adds the gradient; "loss" is in what comes back."""
+
+
+def distilling(recipe: PairRecipe) -> Stage:
+    """The connector and LoRA on the tail, towards the teacher's outputs."""
+    return Stage("distil", recipe.distil, start, distil_backward)
+
+
+def refining(recipe: PairRecipe) -> Stage:
+    """The connector's refiner, towards the teacher's tokens."""
+    return Stage("refine", recipe.refine, start_refine, refine_backward)
+
+
+def train(
+    recipe: PairRecipe, stage: Stage, model: LatentGeometryModel, parts: Sequence[list[int]], team: Team
+) -> Training[Any]:
     """Train to the last step, or on to it; then the model holds the average of its weights."""
     torch.manual_seed(recipe.seed)
-    path, progress = Path(recipe.out) / "distil.safetensors", Progress()
-    training = Training(model, start(model, recipe.distil))
-    notes = asdict(recipe.distil) | {"steps": None, "num_steps": recipe.distil.steps}
+    path, progress, steps = Path(recipe.out) / f"{stage.name}.safetensors", Progress(), stage.config.steps
+    training = Training(model, stage.start(model, stage.config))
+    notes = asdict(stage.config) | {"steps": None, "num_steps": steps}
     load_training(path, training, notes, ("num_steps",))
 
     def keep() -> None:
@@ -44,15 +68,15 @@ def distil(recipe: PairRecipe, model: LatentGeometryModel, parts: Sequence[list[
             save_training(path, training, notes)
         team.wait()
 
-    while training.step < recipe.distil.steps:
+    while training.step < steps:
         if training.step % recipe.checkpoint_every == 0:
             keep()
         begin = time.perf_counter()
-        numbers = _step(recipe, model, training, parts[0], team)
+        numbers = _step(recipe, stage, training, parts[0], team)
         training.update_average(recipe.average)
         training.seconds += time.perf_counter() - begin
-        left = training.seconds / training.step * (recipe.distil.steps - training.step) / 60
-        progress(f"step {training.step} of {recipe.distil.steps}  loss {numbers['loss']:.3f}  {left:.0f} min left")
+        left = training.seconds / training.step * (steps - training.step) / 60
+        progress(f"{stage.name}: step {training.step} of {steps}  loss {numbers['loss']:.4f}  {left:.0f} min left")
     keep()
     training.swap_average()
     model.requires_grad_(False)
@@ -84,16 +108,15 @@ def autocast(recipe: PairRecipe, team: Team) -> AbstractContextManager[Any]:
     return torch.autocast(team.device.type, torch.bfloat16, enabled=recipe.bf16)
 
 
-def _step(
-    recipe: PairRecipe, model: LatentGeometryModel, training: Training[Any], rows: list[int], team: Team
-) -> dict[str, float]:
+def _step(recipe: PairRecipe, stage: Stage, training: Training[Any], rows: list[int], team: Team) -> dict[str, float]:
     chosen, frames = draw_clips(recipe, rows, training.step)
     training.optimizer.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     for number in team.mine(chosen):
         with autocast(recipe, team):
             clip = load_clip(recipe, number, team.device, frames)
-            loss += distil_backward(model, clip, recipe.distil, share=1 / recipe.batch)["loss"] / recipe.batch
+            told = stage.backward(training.network, clip, stage.config, share=1 / recipe.batch)
+            loss += told["loss"] / recipe.batch
     team.join([weight for _, weight in training.trained()])
-    numbers = distil_update(training.optimizer, training.step, recipe.distil)
+    numbers = distil_update(training.optimizer, training.step, stage.config)
     return numbers | {"loss": float(team.total(loss))}

@@ -44,6 +44,11 @@ def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[s
         "hardware": hardware("cpu"),
         "parameters": sum(p.numel() for p in trained(model).values()),
         "curve": shipped["curve"],
+        "refined": {
+            "curve": shipped["refined"]["curve"],
+            "plans": shipped["refined"]["plans"],
+            "hours": round(shipped["refined"]["seconds"] / 3600, 3),
+        },
         "sha256": {name: sha256(folder / name) for name in (CARD, WEIGHTS)},
         "held_out": found["held_out"],
         "report": {name: part for name, part in found.items() if name != "held_out"},

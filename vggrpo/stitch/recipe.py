@@ -5,6 +5,7 @@ from typing import Literal
 
 from geometry.distil import DistilConfig
 from geometry.latent import TimeMode
+from geometry.refine import RefineConfig
 from vggrpo.bootstrap.geometry_recipe import Batch
 
 MAY_CHANGE = ("out", "asset", "notes", "checkpoint_every", "fidelity_clips", "noise_clips")
@@ -71,6 +72,8 @@ class StitchRecipe:
     """Clips of the world to fit and distil on; half of them have moving bodies."""
     first_clip: int = 30_000_000
     """Their first seed."""
+    sway: float = 0.0
+    """Degrees by which a third of them sway, as half of the generator's footage does; 0 for none."""
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
     """And videos of the generator."""
     connectors: list[ConnectorRecipe] = field(
@@ -85,6 +88,12 @@ class StitchRecipe:
     """Where to stitch; by default where the outputs come closest to the teacher's."""
     mode: Literal["frames", "phases"] | None = None
     """Time mode to ship; by default the better one. "latent" is reported beside it, if there is a connector for it."""
+    refine: RefineConfig = field(default_factory=lambda: RefineConfig(steps=0, warmup=0))
+    """What is added to the closed form, of each time mode that is distilled; 0 steps add nothing."""
+    refine_clips: int = 16
+    """Clips of a step of it."""
+    bf16: bool = False
+    """Compute those steps in bfloat16: 1.8 times as fast on a CPU that has it."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     """Of the model that ships."""
     latent_steps: int = 0
@@ -103,7 +112,7 @@ class StitchRecipe:
     """Clips whose latents are perturbed."""
 
     def __post_init__(self) -> None:
-        for name in ("num_clips", "ranking_clips", "checkpoint_every", "fidelity_clips", "noise_clips"):
+        for name in ("num_clips", "refine_clips", "ranking_clips", "checkpoint_every", "fidelity_clips", "noise_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.without_focal <= 1 or not 0 <= self.average < 1 or self.latent_steps < 0:

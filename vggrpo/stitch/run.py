@@ -26,6 +26,7 @@ from vggrpo.stitch.fidelity import fidelity, score
 from vggrpo.stitch.judge import HeldOut, at_latents, in_parts, judge, random_connector
 from vggrpo.stitch.noise import robustness
 from vggrpo.stitch.recipe import MAY_CHANGE, ConnectorRecipe, StitchRecipe
+from vggrpo.stitch.refined import load_refined, refining, train_refine
 from vggrpo.stitch.train import start_distil, train_distil
 
 HELD_OUT = 9_700_000
@@ -72,11 +73,11 @@ def make_model(recipe: StitchRecipe, vae: AutoencoderKLWan) -> tuple[list[Ranked
     Returns:
         "shipped" and "latent": each a dict with its Ranked, the model, and curve and seconds of its distillation.
     """
-    out, patch = Path(recipe.out), load_geometry(recipe.geometry).spec.patch
+    out = Path(recipe.out)
     seeds = range(recipe.first_clip, recipe.first_clip + recipe.num_clips)
-    clips = world_clips(out / "world.safetensors", vae, seeds, patch)
+    clips = world_clips(out / "world.safetensors", vae, seeds, recipe.sway)
     unseen = range(RANKED_ON, RANKED_ON + recipe.ranking_clips)
-    held = world_clips(out / "ranking.safetensors", vae, unseen, patch)
+    held = world_clips(out / "ranking.safetensors", vae, unseen)
     everything = [clips]
     if recipe.sampling.num_samples:
         everything.append(generated_clips(out / "samples.safetensors", vae, _generator(recipe), recipe.sampling))
@@ -100,7 +101,7 @@ def report(recipe: StitchRecipe, vae: AutoencoderKLWan, ranked: list[Ranked], ma
     lessons, motions = held_out(teacher.spec.patch, first=HELD_OUT)
     lessons, motions = lessons.map(lambda x: x[::EVERY]), motions[::EVERY]
     clips = HeldOut(lessons, motions, latents_of(vae, lessons.video.float() / 255))
-    stamp: dict[str, Any] = {"steps": {name: made[name]["steps"] for name in made}}
+    stamp: dict[str, Any] = {"steps": {name: made[name]["steps"] for name in made}, "refined": recipe.refine.steps}
     stamp |= {"fidelity_clips": recipe.fidelity_clips, "noise_clips": recipe.noise_clips}
 
     def once(name: str, compute: Callable[[], Any]) -> Any:
@@ -112,7 +113,10 @@ def report(recipe: StitchRecipe, vae: AutoencoderKLWan, ranked: list[Ranked], ma
         save_json(path, {"of": stamp, "found": found})
         return found
 
-    models = {"random connector": shuffled, "closed form": closed, "distilled": shipped}
+    models = {"random connector": shuffled, "closed form": closed}
+    if recipe.refine.steps:
+        models["refined"] = load_refined(recipe, made["shipped"]["ranked"])
+    models["distilled"] = shipped
     found = {"ranking": [asdict(layer) for layer in ranked]}
     found["held_out"] = once("held_out", lambda: judge(teacher, models, vae, clips))
     found["modes"] = once("modes", lambda: _modes(recipe, vae, teacher, made, clips))
@@ -129,9 +133,20 @@ def _generator(recipe: StitchRecipe) -> Path:
 
 
 def _distilled(recipe: StitchRecipe, chosen: Ranked, steps: int, clips: list[Clips], held: Clips) -> dict[str, Any]:
-    """A closed-form model, trained; as it is for 0 steps."""
+    """A closed-form model, refined and then trained; as it is for 0 steps of both."""
     model, progress = load_closed(recipe, chosen), Progress()
-    found: dict[str, Any] = {"ranked": chosen, "model": model, "steps": steps, "curve": [], "plans": [], "seconds": 0.0}
+    nothing: dict[str, Any] = {"curve": [], "plans": [], "seconds": 0.0}
+    found: dict[str, Any] = {"ranked": chosen, "model": model, "steps": steps, "refined": nothing} | nothing
+    if recipe.refine.steps:
+        path = Path(recipe.out) / f"refine-{chosen.mode}.safetensors"
+        training = refining(recipe, model, path)
+        for numbers in train_refine(training, recipe, path, clips, held):
+            left = training.seconds / training.step * (recipe.refine.steps - training.step) / 60
+            progress(
+                f"{chosen.mode}: refining, step {training.step} of {recipe.refine.steps}  loss {numbers['loss']:.4f}  "
+                f"held out R^2 {training.curve[-1]['r2']:.4f}  {left:.0f} min left"
+            )
+        found["refined"] = {"curve": training.curve, "plans": training.plans, "seconds": training.seconds}
     if steps:
         path = Path(recipe.out) / f"distil-{chosen.mode}.safetensors"
         training = start_distil(recipe, model, steps, path)
@@ -162,7 +177,7 @@ def _modes(
     }
     if "latent" in made:
         models["latent"] = made["latent"]["model"]
-        if made["latent"]["steps"]:
+        if made["latent"]["steps"] or recipe.refine.steps:
             scenes["latent, closed form"] = in_parts(
                 load_closed(recipe, made["latent"]["ranked"]), few.z, known[:, ::4]
             )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, load_model, save_model
 from geometry.backbone import BackboneSpec
 from geometry.distil import DistilConfig
 from geometry.latent import LatentSpec
+from geometry.refine import RefineConfig
 from geometry.types import check_geometry
 from geometry.world import make_clips
 from rewards import ESTIMATED
@@ -104,6 +105,7 @@ def recipe_of(stack: Path, out: str, **more: object) -> PairRecipe:
         "at_once": 3,
         "kernel": [1, 3, 3],
         "ridge": 1e-2,
+        "refine": RefineConfig(steps=4, width=8, blocks=1, warmup=1),
         "distil": DistilConfig(steps=4, lr=1e-4, warmup=1, rank=2, alpha=2),
         "batch": 2,
         "lengths": [5, 9],
@@ -150,7 +152,8 @@ def test_the_card_says_what_the_model_is_worth_beside_its_controls(stitched):
     total = {name: sum(numbers.values()) for name, numbers in held.items()}
     assert total["closed form"] < total["random connector"]
     assert total["teacher on decoded latents"] > 0
-    assert held["distilled"] != held["closed form"]
+    assert held["distilled"] != held["refined"] != held["closed form"]
+    assert [point["step"] for point in card["refined"]["curve"]] == [0, 2, 4]
     assert [point["step"] for point in card["curve"]] == [0, 2, 4]
     assert [layer["total"] for layer in card["ranking"]] == sorted(layer["total"] for layer in card["ranking"])
     assert len(card["ranking"]) == 4  # at_once=3: two passes over the clips
@@ -159,12 +162,13 @@ def test_the_card_says_what_the_model_is_worth_beside_its_controls(stitched):
     assert "control" in (Path(stitched.asset) / "README.md").read_text()
 
 
-def test_a_stitching_that_was_stopped_ends_as_an_unbroken_one_to_the_bit(stack, stitched, monkeypatch):
-    recipe = recipe_of(stack, "stopped")
+@pytest.mark.parametrize("kind", [RefineConfig, DistilConfig])
+def test_a_stitching_that_was_stopped_ends_as_an_unbroken_one_to_the_bit(stack, stitched, monkeypatch, kind):
+    recipe = recipe_of(stack, f"stopped {kind.__name__}")
     update, reads = pair_train.distil_update, []
 
     def stops(optimizer, step, config):
-        if step == 3:
+        if step == 3 and isinstance(config, kind):
             raise KeyboardInterrupt
         return update(optimizer, step, config)
 
@@ -196,7 +200,7 @@ def test_two_processes_stitch_what_one_does(stack, stitched):
     spawn(stitch_as_a_rank, 2, recipe)
     one, two = (read_card(Path(recipe.asset)) for recipe in (stitched, recipe))
     assert [layer["point"] for layer in one["ranking"]] == [layer["point"] for layer in two["ranking"]]
-    for name in ("closed form", "random connector", "teacher on decoded latents", "distilled"):
+    for name in ("closed form", "random connector", "teacher on decoded latents", "refined", "distilled"):
         assert two["held_out"][name] == pytest.approx(one["held_out"][name], rel=2e-3)
     whole, shared = (load_file(Path(recipe.asset) / "lgm.safetensors") for recipe in (stitched, recipe))
     for name, x in whole.items():

@@ -13,6 +13,7 @@ import torch
 
 from geometry.distil import DistilConfig
 from geometry.models.tiny import TinyConfig, TinyGeometry
+from geometry.refine import RefineConfig
 from geometry.types import check_geometry
 from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
 from vggrpo.bootstrap.geometry_recipe import Batch
@@ -24,6 +25,7 @@ from vggrpo.stitch.closed import choose, load_closed
 from vggrpo.stitch.load import load_lgm
 from vggrpo.stitch.publish import publish
 from vggrpo.stitch.recipe import ConnectorRecipe, SamplingRecipe, StitchRecipe
+from vggrpo.stitch.refined import explained, load_refined, refining, train_refine
 from vggrpo.stitch.train import draw_batch, start_distil, train_distil
 
 ASSETS = Path(__file__).parents[3] / "assets"
@@ -55,6 +57,9 @@ def recipe(tmp_path_factory):
         connectors=[ConnectorRecipe("phases"), ConnectorRecipe("latent", [1, 3, 3])],
         ranking_clips=1,
         ridge=1e-2,
+        refine=RefineConfig(steps=4, width=8, blocks=1, warmup=1),
+        refine_clips=2,
+        sway=2.0,
         distil=DistilConfig(steps=4, lr=1e-4, warmup=1, rank=2, alpha=2),
         batches=[Batch(1.0, 1, 5)],
         checkpoint_every=2,
@@ -118,7 +123,7 @@ def test_a_folder_is_bound_to_its_recipe_and_to_what_it_was_made_from(recipe, ma
 
 def test_a_resumed_distillation_is_the_same_to_the_bit(recipe, vae, made, tmp_path):
     clips, held = (
-        Clips(**world_clips(Path(recipe.out) / f"{name}.safetensors", vae, range(0), 4).__dict__)
+        Clips(**world_clips(Path(recipe.out) / f"{name}.safetensors", vae, range(0)).__dict__)
         for name in ("world", "ranking")
     )
     layer, weights = choose(made[0], ("phases",), None), []
@@ -142,10 +147,54 @@ def test_a_resumed_distillation_is_the_same_to_the_bit(recipe, vae, made, tmp_pa
         start_distil(replace(recipe, distil=replace(recipe.distil, lr=1.0)), load_closed(recipe, layer), 4, path)
 
 
+def test_a_resumed_refining_is_the_same_to_the_bit(recipe, vae, made, tmp_path):
+    clips, held = (
+        world_clips(Path(recipe.out) / f"{name}.safetensors", vae, range(0)) for name in ("world", "ranking")
+    )
+    layer, weights = choose(made[0], ("phases",), None), []
+    for stop in (None, 2):
+        path = tmp_path / f"{stop}.safetensors"
+        training = refining(recipe, load_closed(recipe, layer), path)
+        records = train_refine(training, recipe, path, [clips], held)
+        if stop:
+            for _ in range(stop + 1):
+                next(records)
+            training = refining(recipe, load_closed(recipe, layer), path)
+            assert training.step == stop
+            records = train_refine(training, recipe, path, [clips], held)
+        list(records)
+        weights.append({name: x.clone() for name, x in training.network.state_dict().items()})
+        assert [point["step"] for point in training.curve] == [0, 2, 4]
+    assert all(torch.equal(weights[1][name], x) for name, x in weights[0].items())
+    assert any(weights[0][name].any() for name in weights[0] if "refiner.leave" in name)
+    with pytest.raises(ValueError, match="made with change"):
+        refining(replace(recipe, refine=replace(recipe.refine, change=9.0)), load_closed(recipe, layer), path)
+
+
+def test_what_a_refiner_explains_is_measured_on_the_teachers_tokens(recipe, vae, made):
+    """The control's tokens are another clip's."""
+    held = world_clips(Path(recipe.out) / "ranking.safetensors", vae, range(0))
+    model = load_refined(recipe, choose(made[0], ("phases",), None))
+    before = load_closed(recipe, choose(made[0], ("phases",), None))
+    z = held.z[:1]
+    with torch.no_grad():
+        assert not torch.equal(model.connector(z), before.connector(z))
+        told = explained(before, held)
+        wanted = before.backbone.tokens_at((before.point,), held.video[:1].float() / 255)[before.point].patch
+        error = (before.connector(z) - wanted).double()
+    mean = wanted.double().flatten(0, 3).mean(0)
+    assert told["r2"] == pytest.approx(1 - float((error**2).sum() / ((wanted - mean) ** 2).sum()), abs=1e-5)
+    moved = float((error.diff(dim=1) ** 2).sum() / (wanted.double().diff(dim=1) ** 2).sum())
+    assert told["change r2"] == pytest.approx(1 - moved, abs=1e-5)
+    wrong = explained(before, Clips(held.z, held.video.roll(5, 1), None))
+    assert wrong["r2"] < told["r2"]
+
+
 def test_what_was_made_is_kept(recipe, vae, made, monkeypatch):
     for name in ("stitch", "rank_layers"):
         monkeypatch.setattr(f"vggrpo.stitch.closed.{name}", None)  # nothing is fitted again
     monkeypatch.setattr("vggrpo.stitch.train.distil_step", None)  # and nothing trained
+    monkeypatch.setattr("vggrpo.stitch.refined.refine_step", None)
     ranked, models = run.make_model(recipe, vae)
     assert ranked == made[0]
     z = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -158,7 +207,7 @@ def test_the_report_has_all_rows_and_is_read_back(published):
     assert json.dumps(report["noise"]) == json.dumps(again["noise"])
     held = report["held_out"]
     assert set(held["all"]) == {
-        "teacher", "teacher on decoded latents", "random connector", "closed form", "distilled"
+        "teacher", "teacher on decoded latents", "random connector", "closed form", "refined", "distilled"
     }  # fmt: skip
     assert {"bodies stand", "bodies move", "camera: pan", "camera: orbit", "focal length unknown"} <= set(held)
     assert {"control: constant", "control: frozen", "control: shuffled latents"} <= set(held)
@@ -258,7 +307,7 @@ def test_a_sample_is_its_caption_and_seed_whatever_else_is_drawn(vae, tmp_path):
 
 
 def test_the_first_latents_of_a_clip_are_those_of_its_beginning(recipe, vae, made):
-    clips = world_clips(Path(recipe.out) / "world.safetensors", vae, range(0), 4)
+    clips = world_clips(Path(recipe.out) / "world.safetensors", vae, range(0))
     sample = clips.sample(torch.tensor([3, 0]), 2)
     assert sample.video.shape == (2, 5, 3, 64, 64)
     torch.testing.assert_close(latents_of(vae, sample.video), sample.z, atol=1e-4, rtol=1e-4)
