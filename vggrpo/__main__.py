@@ -2,6 +2,8 @@
 
 import sys
 
+from vggrpo.heap import keep_freed_memory
+
 
 def main() -> None:
     """Exit with the command's status; a missing extra is one line that names it."""
@@ -12,6 +14,7 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] in ("vggrpo", "geometry", "rewards"):
             raise
         sys.exit(f"vggrpo: {error.name} is not installed: pip install 'vggrpo[train]'")
+    keep_freed_memory()
     sys.exit(run())
 
 
