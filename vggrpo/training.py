@@ -105,7 +105,7 @@ class Training:
         weights = whole_weights(self.bare, self.run.engine)
         tensors = {
             "weights": weights,
-            "optimizer": whole_moments(self.bare, self.parts.optimizer, self.run.engine, self.run.updates),
+            "optimizer": whole_moments(self.bare, self.parts.optimizer, self.run.engine),
         }
         if self.average is not None:
             tensors[AVERAGE] = self.average

@@ -2,7 +2,7 @@
 # A recipe on a SLURM cluster: one `accelerate launch` on each machine, one process for each of its GPUs.
 #   sbatch --nodes=1 launch/slurm/train.sh RECIPE [ENGINE] [section.key=value ...]     from the root of the repository
 # ENGINE is ddp (by default), zero2, zero3 or fsdp2. Before its time is up the job gets SIGTERM, at which a run leaves a
-# checkpoint and ends; `RESUME=1 sbatch ...` goes on from it (not under DeepSpeed). `out` must be a folder that all see.
+# checkpoint and ends; `RESUME=1 sbatch ...` goes on from it. `out` must be a folder that all see.
 # Account, partition and environment are your cluster's: give them to sbatch, and activate yours before you submit.
 #SBATCH --job-name=vggrpo
 #SBATCH --gpus-per-node=8

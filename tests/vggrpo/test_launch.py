@@ -6,9 +6,11 @@ Real launches, as they are typed: `vggrpo train --accelerate`, `accelerate launc
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from accelerate.utils import DistributedType
 
 from tests.vggrpo.test_distributed import spawn
 from vggrpo import cli
-from vggrpo.checkpoint import load_checkpoint, optimizer_tensors, trained_weights
+from vggrpo.checkpoint import load_checkpoint, optimizer_tensors, save_checkpoint, trained_weights
 from vggrpo.config import LaunchConfig
 from vggrpo.launch import Asked, check, configuration, engine_in, engine_of, launchers, start
 from vggrpo.sharded import restore_moments, whole_moments, whole_weights
@@ -128,11 +130,56 @@ def test_two_machines_train_as_one_process_does(alone, tmp_path):
     assert_same_run(tmp_path, alone)
 
 
+@pytest.fixture(scope="module", params=["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def unbroken(request, tmp_path_factory):
+    """A run under DeepSpeed, and its engine."""
+    folder = tmp_path_factory.mktemp(request.param)
+    ended(train(folder, "--accelerate", request.param, "--main_process_port", port()))
+    assert started(folder) == (2, request.param)
+    return folder, request.param
+
+
 @needs_deepspeed
-@pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_deepspeed_trains_as_one_process_does(alone, tmp_path, name):
-    ended(train(tmp_path, "--accelerate", name, "--main_process_port", port()))
-    assert started(tmp_path) == (2, name)
+def test_deepspeed_trains_as_one_process_does(alone, unbroken):
+    assert_same_run(unbroken[0], alone)
+
+
+def equal_bits(folder: Path, other: Path) -> bool:
+    """Whether weights and moments of the newest checkpoints are the same."""
+    a, b = (load_checkpoint(each / "checkpoints").tensors for each in (folder, other))
+    assert {file: set(tensors) for file, tensors in a.items()} == {file: set(tensors) for file, tensors in b.items()}
+    return all(torch.equal(value, b[file][name]) for file, tensors in a.items() for name, value in tensors.items())
+
+
+@needs_deepspeed
+def test_a_resumed_run_under_deepspeed_ends_as_an_unbroken_one_to_the_bit(alone, unbroken, tmp_path):
+    """And so does one that goes on in one process, as far as one process and two are the same."""
+    whole, name = unbroken
+    cut, here, bare = (tmp_path / place for place in ("cut", "here", "bare"))
+    engine = ("--accelerate", name, "--main_process_port")
+    ended(train(cut, "grpo.num_iterations=2", *engine, port()))
+    for place in (here, bare):
+        shutil.copytree(cut, place)
+    left = load_checkpoint(cut / "checkpoints")
+    assert {float(x) for name, x in left.tensors["optimizer"].items() if name.startswith("step.")} == {2}
+    ended(train(cut, "--resume", *engine, port()))
+    assert equal_bits(cut, whole)
+    assert [one["loss"] for one in lines(cut)] == [one["loss"] for one in lines(whole)]
+    assert cli.main(["train", MIXTURE, *SHORT, f"out={here}", "--resume"]) == 0
+    assert_same_run(here, alone)
+    # The control: the same, without the moments.
+    save_checkpoint(bare / "checkpoints", 2, replace(left, tensors=left.tensors | {"optimizer": {}}))
+    ended(train(bare, "--resume", *engine, port()))
+    assert not equal_bits(bare, whole)
+    with pytest.raises(AssertionError):
+        assert_same_run(bare, alone)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_run_of_one_process_goes_on_under_deepspeed(alone, unbroken, tmp_path):
+    assert cli.main(["train", MIXTURE, *SHORT, f"out={tmp_path}", "grpo.num_iterations=2"]) == 0
+    ended(train(tmp_path, "--resume", "--accelerate", unbroken[1], "--main_process_port", port()))
     assert_same_run(tmp_path, alone)
 
 
@@ -269,9 +316,9 @@ def cut_up(accelerator, path: str) -> None:
         update(*whole)
         update(*halves)
     restarted = made(False)
-    moments = whole_moments(*halves, "fsdp2", 2)
+    moments = whole_moments(*halves, "fsdp2")
     restore_moments(*restarted, moments, "fsdp2")
-    again = whole_moments(*restarted, "fsdp2", 2)
+    again = whole_moments(*restarted, "fsdp2")
     torch.save(
         {
             "expected": (trained_weights(whole[0]), optimizer_tensors(*whole)),
@@ -299,6 +346,9 @@ def test_what_fsdp2_cuts_up_is_whole_in_a_checkpoint(tmp_path):
         assert sorted(told["kinds"]) == ["DTensor", "DTensor", "Tensor"]
 
 
-def test_a_run_under_deepspeed_is_not_resumed_without_its_moments():
-    with pytest.raises(ValueError, match="cannot be resumed under zero2"):
-        restore_moments(torch.nn.Linear(1, 1), torch.optim.AdamW([torch.zeros(1)]), {}, "zero2")
+def test_weights_that_were_updated_unequally_often_are_not_resumed_under_deepspeed():
+    network = torch.nn.Linear(1, 1)
+    moments = {f"{key}.{name}": torch.zeros(1) for key in ("exp_avg", "exp_avg_sq") for name in ("weight", "bias")}
+    steps = {"step.weight": torch.tensor(2.0), "step.bias": torch.tensor(3.0)}
+    with pytest.raises(ValueError, match=r"not all updated equally often, and zero2 counts .* resume it under ddp"):
+        restore_moments(network, torch.optim.AdamW(network.parameters()), moments | steps, "zero2")
