@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = commands.choices["plan"]
     plan.add_argument("--no-step", action="store_true", help="formulas only: the video model is not loaded")
     plan.add_argument("--rate", type=float, metavar="T", help="so many T operations/s; by default they are measured")
-    plan.set_defaults(run=lambda args: plan_recipe(args.recipe, args.overrides, step=not args.no_step, rate=args.rate))
+    plan.set_defaults(
+        run=lambda args: plan_recipe(
+            args.recipe, args.overrides, step=not args.no_step, rate=args.rate, allow_import=args.allow_import
+        )
+    )
     train = commands.choices["train"]
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     stitched = commands.choices["stitch"]
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stitched.set_defaults(run=_stitch)
     for command in (train, plan, commands.choices["check"]):
         command.add_argument("--tiny-random", action="store_true", help="with narrow stand-ins for its models")
-    for command in (train, commands.choices["check"], stitched):
+    for command in (train, plan, commands.choices["check"], stitched):
         command.add_argument("--allow-import", action="store_true", help="run the code that the recipe names")
     commands.choices["check"].set_defaults(
         run=lambda args: check_recipe(args.recipe, args.overrides, allow_import=args.allow_import)
@@ -105,15 +109,18 @@ def check_recipe(path: str, overrides: Sequence[str], *, allow_import: bool = Fa
     return 1 if report.problems else 0
 
 
-def plan_recipe(path: str, overrides: Sequence[str], *, step: bool = True, rate: float | None = None) -> int:
+def plan_recipe(
+    path: str, overrides: Sequence[str], *, step: bool = True, rate: float | None = None, allow_import: bool = False
+) -> int:
     """What a recipe will cost, by formulas; then one iteration without its update, measured."""
     from vggrpo.plan import planned, share, stepped
 
     recipe = load_recipe(path, overrides)
-    print(*planned(recipe, rate=None if rate is None else rate * 1e12), sep="\n", flush=True)
+    said = planned(recipe, rate=None if rate is None else rate * 1e12, allow_import=allow_import)
+    print(*said, sep="\n", flush=True)
     if not step:
         return 0
-    lines, problems = stepped(share(recipe))
+    lines, problems = stepped(share(recipe), allow_import=allow_import)
     print(*lines, sep="\n")
     return 1 if problems else 0
 

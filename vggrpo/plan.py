@@ -28,11 +28,12 @@ LONG = 3e11
 """Operations of one block and micro-batch from which on it is not measured."""
 
 
-def planned(recipe: Recipe, *, rate: float | None = None) -> list[str]:
+def planned(recipe: Recipe, *, rate: float | None = None, allow_import: bool = False) -> list[str]:
     """The plan, without a model's weights being read.
 
     Args:
         rate: operations a second that the machine is taken to make; by default they are measured here.
+        allow_import: whether the code that builds the recipe's geometry model may be run (any4d).
 
     Raises:
         ValueError: a file that is missing, a reward that is not known, a batch that the processes cannot share.
@@ -56,7 +57,7 @@ def planned(recipe: Recipe, *, rate: float | None = None) -> list[str]:
     if recipe.video is None:
         return ["model        the mixture, in two dimensions", *common]
     check_formulas(recipe.video)
-    return _video(recipe, recipe.video, counts, b * k, common, rate)
+    return _video(recipe, recipe.video, counts, b * k, common, rate, allow_import)
 
 
 def check_formulas(video: VideoConfig) -> None:
@@ -86,9 +87,9 @@ def share(recipe: Recipe) -> Recipe:
     return replace(recipe, grpo=replace(recipe.grpo, num_prompts=b, group_size=k), launch=LaunchConfig())
 
 
-def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
+def stepped(recipe: Recipe, *, allow_import: bool = False) -> tuple[list[str], list[str]]:
     """One iteration of one process without its update, and what it found wrong (`check.check`)."""
-    parts = build(recipe)
+    parts = build(recipe, allow_import=allow_import)
     report = check(
         parts.policy, parts.network, parts.geometry, parts.rewards, next(parts.conditions), parts.run, recipe.grpo
     )
@@ -97,14 +98,20 @@ def stepped(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def _video(
-    recipe: Recipe, video: VideoConfig, counts: Counts, num_videos: int, common: list[str], rate: float | None
+    recipe: Recipe,
+    video: VideoConfig,
+    counts: Counts,
+    num_videos: int,
+    common: list[str],
+    rate: float | None,
+    allow_import: bool,
 ) -> list[str]:
     from vggrpo.data import read_prompts
 
     sampling, prompts = recipe.sampling, read_prompts(video.prompts)
     if not is_control(recipe.grpo.weights):
         check_names(recipe.grpo.named, [*ESTIMATED, *TOLD, *video.imported, *video.remote])
-    config, latent, per_token, judge = _model(video)
+    config, latent, per_token, judge = _model(video, allow_import)
     shape = Shape.of(
         config, latent, video.max_len, video.lora.rank, _sharing(recipe),
         per_token=per_token, half=video.dtype == "bfloat16",
@@ -131,7 +138,7 @@ def _video(
     ]
 
 
-def _model(video: VideoConfig) -> tuple[dict[str, Any], tuple[int, int, int, int], bool, str]:
+def _model(video: VideoConfig, allow_import: bool) -> tuple[dict[str, Any], tuple[int, int, int, int], bool, str]:
     """Of what will be trained: the transformer's configuration, (C, L, h, w), whether tokens have times of their own,
     and what judges it. A published model that is not here is planned by the numbers that are published."""
     from vggrpo.policy.published import find
@@ -147,7 +154,7 @@ def _model(video: VideoConfig) -> tuple[dict[str, Any], tuple[int, int, int, int
     latent, path = latent_shape(folder, *size), folder / "transformer" / "config.json"
     if not path.is_file() or not list(path.parent.glob("*.safetensors")):
         raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
-    lgm = load_lgm(video.lgm, video.geometry, folder / "vae")
+    lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import)
     judge = f"{sum(p.numel() for p in lgm.parameters()):,} parameters"
     return json.loads(path.read_text()), latent, read_layout(folder).per_token, judge
 

@@ -373,6 +373,11 @@ def test_further_rewards_are_chosen_by_name_beside_the_shipped_ones():
         chosen_rewards({"mime": 1.0}, further=mine)
 
 
+SMALL = ["video.motion_samples=0", "video.frames=5", "video.height=32", "video.width=32", "sampling.num_steps=2",
+         "sampling.guidance_scale=1", "sampling.window={size: 1, stop: 1}", "grpo.group_size=3",
+         "grpo.num_prompts=1"]  # fmt: skip
+
+
 def test_a_run_learns_from_all_of_them(served, tmp_path):
     """One iteration of the embedded video model: rewards imported and remote, told a path and the base's motion."""
     (tmp_path / "two.txt").write_text("The camera pans left.\nThe camera trucks right.\n")
@@ -402,6 +407,16 @@ def test_a_run_learns_from_all_of_them(served, tmp_path):
         assert math.isfinite(numbers[f"reward/{name}/mean"]), name
         assert numbers[f"reward/{name}/std"] > 0, name
     assert numbers["grad_norm"] > 0
+
+
+def test_a_recipe_that_names_code_is_planned_where_that_is_allowed(capsys):
+    words = ["plan", RECIPE, f"video.imported={{bright: {{path: '{HERE}:brightness', takes: video}}}}", *SMALL]
+    words += ["grpo.weights={bright: 1, scene_smoothness: 1}"]
+    assert cli.main([*words, "--no-step"]) == 0, "a plan by formulas runs nothing"
+    assert cli.main(words) == 2
+    assert "give --allow-import if you trust it" in capsys.readouterr().err
+    assert cli.main([*words, "--allow-import"]) == 0
+    assert "groups without signal  0% (bright)" in capsys.readouterr().out
 
 
 IMPORTED = "video.imported={mine: {path: 'a:b'}}"
