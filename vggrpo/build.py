@@ -123,6 +123,7 @@ def _video(
     rewards = _rewards_of(recipe, run, chosen)
     paths = None if video.cameras is None else read_paths(video.cameras, prompts, video.frames).to(accelerator.device)
     layout, size = read_layout(folder), (video.height, video.width)
+    shape = latent_shape(folder, video.frames, *size, layout.patch)
     frames = None if video.first_frames is None else read_first_frames(video.first_frames, prompts, *size)
     way = layout.told(frames is not None)
     device = accelerator.device
@@ -156,7 +157,7 @@ def _video(
     policy = FlowPolicy(
         network,
         told,
-        free_shape(latent_shape(folder, video.frames, video.height, video.width), way),
+        free_shape(shape, way),
         recipe.sampling,
         lora_off(network) if grpo.beta > 0 else None,
         keep_means=grpo.ratio == "norm",

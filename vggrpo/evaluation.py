@@ -26,6 +26,7 @@ from vggrpo.evaluate.panel import Panel, When, ask, load_panel
 from vggrpo.evaluate.report import HEADLINE, Shown, markdown, scatter, write_report
 from vggrpo.evaluate.value import Value
 from vggrpo.policy.wan import latent_shape
+from vggrpo.policy.wan_folder import read_layout
 from vggrpo.sample import Drawing, Models, SampleConfig, load_models, sample_videos
 
 SHOWN = 6
@@ -165,7 +166,8 @@ def evaluate_models(cfg: EvaluateConfig, say: Callable[[str], None]) -> str:
     """
     cfg.check()
     out, prompts = Path(cfg.out), cfg.chosen_prompts()
-    latent_shape(Path(cfg.base), cfg.frames, cfg.height, cfg.width)  # what cannot be is told before anything is written
+    base = Path(cfg.base)  # what cannot be is told before anything is written
+    latent_shape(base, cfg.frames, cfg.height, cfg.width, read_layout(base).patch)
     panel = load_panel(cfg.referee, cfg.fov, sfm=cfg.sfm)
     sides = [Candidate(BASE, cfg.how(cfg.base)), *candidates(cfg)]
     vae = load_decoder(cfg.base, cfg.device)

@@ -149,14 +149,15 @@ def _model(video: VideoConfig, allow_import: bool) -> tuple[dict[str, Any], tupl
     folder, size = Path(video.model), (video.frames, video.height, video.width)
     published = find(folder)
     if published is not None and not folder.exists():
-        latent = latents_of(published.vae, video.model, *size)
+        latent = latents_of(published.vae, video.model, *size, published.transformer["patch_size"])
         return published.transformer, latent, published.per_token, "not read, for the model is not here, either"
-    latent, path = latent_shape(folder, *size), folder / "transformer" / "config.json"
+    layout, path = read_layout(folder), folder / "transformer" / "config.json"
+    latent = latent_shape(folder, *size, layout.patch)
     if not path.is_file() or not list(path.parent.glob("*.safetensors")):
         raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import)
     judge = f"{sum(p.numel() for p in lgm.parameters()):,} parameters"
-    return json.loads(path.read_text()), latent, read_layout(folder).per_token, judge
+    return json.loads(path.read_text()), latent, layout.per_token, judge
 
 
 def _seconds(

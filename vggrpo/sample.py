@@ -49,7 +49,7 @@ class Drawing:
     frames: int = 17
     """4 n + 1."""
     height: int = 64
-    """A multiple of 16."""
+    """A multiple of the VAE's stride times the transformer's patch: of 16, or of 32 for Wan2.2-TI2V-5B."""
     width: int = 64
     """See `height`."""
     max_len: int = 96
@@ -149,7 +149,7 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     """The parts of a Wan folder that sampling needs, with the LoRA if there is one; prompts are encoded here.
 
     Raises:
-        ValueError: a file that is missing or damaged, a size that the VAE's strides do not divide.
+        ValueError: a file that is missing or damaged, a size that the model does not make.
     """
     from vggrpo.data import read_prompts
     from vggrpo.policy.first_frame import free_shape, put_first, read_first_frames
@@ -161,18 +161,13 @@ def load_models(cfg: SampleConfig, prompts: list[str]) -> Models:
     cfg.check()
     folder = Path(cfg.model)
     layout, size = read_layout(folder), (cfg.height, cfg.width)
-    shape = latent_shape(folder, cfg.frames, *size)
+    shape = latent_shape(folder, cfg.frames, *size, layout.patch)
     way = layout.told(cfg.first_frames is not None, "--first-frames")
     lgm = load_lgm(cfg.lgm, cfg.geometry, folder / "vae", cfg.allow_import).to(cfg.device)
     frames = None
     if cfg.first_frames is not None:  # of all prompts of the file, of which some may be wanted
         frames = read_first_frames(cfg.first_frames, read_prompts(cfg.prompts), *size)[: len(prompts)]
     network = load_velocity(folder)
-    patches = network.transformer.config.patch_size[1:]
-    for side, patch, name in zip(shape[2:], patches, ("height", "width"), strict=True):
-        if side % patch:
-            given = getattr(cfg, name)
-            raise ValueError(f"{name} must be a multiple of {given // side * patch} for {folder}, got {given}")
     if cfg.lora is not None:
         load_loras(network, Path(cfg.lora))
     texts = prompt_encoder(

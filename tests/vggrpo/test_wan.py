@@ -411,7 +411,7 @@ def change(folder: Path, file: str, **values: object) -> None:
 def test_a_folder_that_is_not_a_wan_is_refused_in_one_line(wan21, tmp_path, spoil, message):
     folder = tmp_path / "wan"
     shutil.copytree(wan21, folder)
-    assert read_layout(folder) == Layout(per_token=False, boundary=None, way=None, sight=False)
+    assert read_layout(folder) == Layout(per_token=False, boundary=None, way=None, sight=False, patch=(1, 2, 2))
     spoil(folder)
     with pytest.raises(ValueError, match=message) as error:
         read_layout(folder)

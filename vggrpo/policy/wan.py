@@ -4,7 +4,7 @@ Timesteps of 0 to 1000 exist only here.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,31 +173,43 @@ def check_there(folder: Path) -> None:
         )
 
 
-def latent_shape(folder: Path, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+WHOLE = (1, 1, 1)
+"""A patch that any latents fill."""
+
+
+def latent_shape(
+    folder: Path, frames: int, height: int, width: int, patch: Sequence[int] = WHOLE
+) -> tuple[int, int, int, int]:
     """(C, L, h, w) of a video of this size in the latents of a Wan folder's VAE.
 
+    Args:
+        patch: latents in a token, (time, down, across), of the transformer that is to make it (`wan_folder.Layout`).
+
     Raises:
-        ValueError: no VAE there, or a size that its strides do not divide.
+        ValueError: no VAE there, or a size that its strides, times the patch, do not divide.
     """
     check_there(folder)
     path = folder / "vae" / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no vae/config.json: it must be a Wan model in diffusers layout")
-    return latents_of(json.loads(path.read_text()), str(folder), frames, height, width)
+    return latents_of(json.loads(path.read_text()), str(folder), frames, height, width, patch)
 
 
 def latents_of(
-    config: Mapping[str, Any], source: str, frames: int, height: int, width: int
+    config: Mapping[str, Any], source: str, frames: int, height: int, width: int, patch: Sequence[int] = WHOLE
 ) -> tuple[int, int, int, int]:
     """(C, L, h, w) in the latents of a VAE with this configuration, which is that of `source`.
 
     Raises:
-        ValueError: a size that its strides do not divide.
+        ValueError: as `latent_shape`.
     """
     s, p = config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
-    if frames % s != 1 or height % p or width % p:
+    down, across = p * patch[1], p * patch[2]
+    if frames % s != 1 or height % down or width % across:
+        sides = f"{down}" if down == across else f"{down} x {across}"
         raise ValueError(
-            f"{source} takes {s} n + 1 frames with sides that are multiples of {p}, got {frames} of {height} x {width}"
+            f"{source} takes {s} n + 1 frames with sides that are multiples of {sides}, got {frames} of "
+            f"{height} x {width}"
         )
     return config["z_dim"], (frames - 1) // s + 1, height // p, width // p
 

@@ -36,6 +36,8 @@ class Layout(NamedTuple):
     """How it is told of a first frame; None: not at all. One that keeps it also goes without."""
     sight: bool
     """It reads CLIP's view of the first frame."""
+    patch: tuple[int, int, int]
+    """Latents in a token: (time, down, across)."""
 
     def told(self, given: bool, key: str = "video.first_frames") -> Way | None:
         """How it is told of first frames, if they are given (by `key`).
@@ -81,7 +83,8 @@ def read_layout(folder: Path) -> Layout:
             f"{'no' if boundary is not None else 'a'} transformer_2/: a model of two transformers needs both"
         )
     way: Way | None = "channels" if given == channels else "kept" if per_token else None
-    return Layout(per_token, boundary, way, transformer.get("image_dim") is not None)
+    time, down, across = transformer["patch_size"]
+    return Layout(per_token, boundary, way, transformer.get("image_dim") is not None, (time, down, across))
 
 
 def load_velocity(folder: Path, dtype: torch.dtype = torch.float32) -> WanVelocity:

@@ -124,7 +124,7 @@ def drawer(recipe: PairRecipe, device: str) -> Callable[[int], Float[Tensor, "C 
     del encode  # and with it the text encoder
     network = load_velocity(folder, torch.bfloat16 if recipe.bf16 else torch.float32).eval().requires_grad_(False)
     network = network.to(device)
-    shape = latent_shape(folder, clips.frames, clips.height, clips.width)
+    shape = latent_shape(folder, clips.frames, clips.height, clips.width, read_layout(folder).patch)
     grid = time_grid(how.num_steps, own_shift(folder) if how.shift is None else how.shift)
 
     @torch.no_grad()
