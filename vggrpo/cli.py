@@ -204,6 +204,10 @@ def sample(argv: Sequence[str]) -> int:
     from vggrpo.sample import SampleConfig, load_models, record, sample_videos, save_sampled
 
     cfg = tyro.cli(SampleConfig, args=list(argv), prog="vggrpo sample", description=sample.__doc__)
+    if cfg.tiny_random:
+        from vggrpo.tiny_random import stand_in_samples
+
+        cfg = stand_in_samples(cfg)
     cfg.check()
     prompts, out, progress = read_prompts(cfg.prompts), Path(cfg.out), Progress()
     models, records, shown = load_models(cfg, prompts), [], []

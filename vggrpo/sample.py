@@ -101,6 +101,9 @@ class SampleConfig(Drawing):
     """Scale of the reward's gradient; 0 is none."""
     best_of: int = 1
     """Candidates for each prompt; the one whose rewards are best is kept."""
+    tiny_random: bool = False
+    """With narrow stand-ins for a published model, by the name of its folder, which need not be here; at most 9 frames
+    of 32 x 64. What comes out is worth nothing."""
     animate: str | None = None
     """Also all videos side by side, moving: a .gif, .webp or .png."""
 

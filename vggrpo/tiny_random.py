@@ -1,4 +1,4 @@
-"""`--tiny-random`: a recipe for a published Wan, run with the same classes at a fraction of their width.
+"""`--tiny-random`: a recipe for a published Wan, or samples of one, with the same classes at a fraction of their width.
 
 The stand-ins have random weights and are written to disk as the hub's folders are, and read from there like them:
 
@@ -7,13 +7,14 @@ The stand-ins have random weights and are written to disk as the hub's folders a
     runs/tiny-random/NAME/lgm         a latent geometry model: a connector for that VAE, and the tail of that
 
 What comes out is worth nothing. What it shows is that all of a recipe runs: its window, guidance, rewards, precision,
-checkpoints and LoRA, under the launch that it is meant for.
+checkpoints and LoRA, under the launch that it is meant for; and what samples are made from it, by the words that one
+will type.
 """
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
 from vggrpo.bootstrap.geometry_publish import CONFIG
 from vggrpo.bootstrap.geometry_publish import WEIGHTS as MODEL
 from vggrpo.bootstrap.text import build_tokenizer
-from vggrpo.config import Recipe, VideoConfig
+from vggrpo.config import Recipe
 from vggrpo.data import read_prompts
 from vggrpo.policy.published import PUBLISHED, Published, find
+from vggrpo.sample import SampleConfig
 
 FOLDER = Path("runs/tiny-random")
 TOKENS = 16
@@ -40,9 +42,9 @@ TOKENS = 16
 TEXT = 12
 """Width of the text encoder."""
 GEOMETRY = TinyConfig(dim=48, pairs=(1, 1), registers=1)
-HEIGHT, WIDTH, FRAMES = 32, 64, 9
+SIZE = {"frames": 9, "height": 32, "width": 64, "max_len": TOKENS}
 SMALL = {"num_iterations": 2, "num_prompts": 2, "group_size": 4}
-"""Upper limits of what a recipe asks for."""
+"""Upper limits of what a recipe asks for, as `SIZE` is of its videos."""
 
 
 def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
@@ -55,25 +57,23 @@ def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
         ValueError: a recipe without a video model, or of one that is not published under the name of its folder.
     """
     video = recipe.video
-    published = None if video is None else find(video.model)
-    if video is None or published is None:
-        raise ValueError(
-            f"--tiny-random stands in for {', '.join(PUBLISHED)}, and the recipe is of "
-            f"{'no video model' if video is None else video.model}: name the folder as the hub does"
-        )
-    folder = FOLDER / Path(video.model).name
-    if not folder.is_dir():
-        _build(folder, published, read_prompts(video.prompts))
-    limits = {key: min(value, getattr(recipe.grpo, key)) for key, value in SMALL.items()}
+    if video is None:
+        raise ValueError(_no_stand_in("no video model"))
+    made = _models(video.model, video.prompts) | _limited(video, SIZE | {"motion_samples": 1})
     return [
         f"out={FOLDER / Path(path).stem}",
-        *(
-            f"video.{part}={folder / place}"
-            for part, place in (("model", "wan"), ("geometry", "geometry"), ("lgm", "lgm"))
-        ),
-        *(f"video.{key}={value}" for key, value in _size(video).items()),
-        *(f"grpo.{key}={value}" for key, value in limits.items()),
+        *(f"video.{key}={value}" for key, value in made.items()),
+        *(f"grpo.{key}={value}" for key, value in _limited(recipe.grpo, SMALL).items()),
     ]
+
+
+def stand_in_samples(cfg: SampleConfig) -> SampleConfig:
+    """The same samples from stand-ins, which are built unless they are there, at the size that suits them.
+
+    Raises:
+        ValueError: a model that is not published under the name of its folder; no prompts.
+    """
+    return replace(cfg, **_models(cfg.model, cfg.prompts), **_limited(cfg, SIZE))
 
 
 def narrow_transformer(channels: int = 16, **others: Any) -> WanTransformer3DModel:
@@ -158,9 +158,25 @@ def _build(folder: Path, published: Published, prompts: Sequence[str]) -> None:
         shutil.rmtree(part)
 
 
-def _size(video: VideoConfig) -> dict[str, int]:
-    limits = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "max_len": TOKENS, "motion_samples": 1}
-    return {key: min(value, getattr(video, key)) for key, value in limits.items()}
+def _models(model: str, prompts: str) -> dict[str, Any]:
+    """Where the stand-ins are, by the fields that name models."""
+    published = find(model)
+    if published is None:
+        raise ValueError(_no_stand_in(model))
+    folder = FOLDER / Path(model).name
+    if not folder.is_dir():
+        _build(folder, published, read_prompts(prompts))
+    return {"model": str(folder / "wan"), "geometry": str(folder / "geometry"), "lgm": str(folder / "lgm")}
+
+
+def _no_stand_in(model: str) -> str:
+    return (
+        f"--tiny-random stands in for {', '.join(PUBLISHED)}, and this is of {model}: name the folder as the hub does"
+    )
+
+
+def _limited(config: object, limits: Mapping[str, int]) -> dict[str, Any]:
+    return {key: min(value, getattr(config, key)) for key, value in limits.items()}
 
 
 def _card(folder: Path, files: Sequence[str], **more: Any) -> None:

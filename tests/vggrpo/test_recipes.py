@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 
 from vggrpo import cli, tiny_random
 from vggrpo.checkpoint import load_checkpoint
@@ -94,14 +96,33 @@ def test_a_run_with_stand_ins_is_resumed_and_sampled_from(tmp_path, stand_ins):
     assert run(recipe, out, "grpo.num_iterations=2", "video.motion_samples=0", "--resume") == 0
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     folder = stand_ins / "Wan2.2-TI2V-5B-Diffusers"
-    (tmp_path / "prompts.txt").write_text("a walk through a garden\n")
-    told = {
-        "prompts": tmp_path / "prompts.txt", "out": tmp_path / "samples", "model": folder / "wan", "lora": out,
-        "geometry": folder / "geometry", "lgm": folder / "lgm", "frames": 9, "height": 32, "width": 64,
-        "max-len": 16, "num-steps": 3, "prompt-cache": tmp_path / "prompts",
+    by_hand = {
+        "model": folder / "wan", "geometry": folder / "geometry", "lgm": folder / "lgm", "frames": 9, "height": 32,
+        "width": 64, "max-len": 16,
     }  # fmt: skip
-    assert cli.main(["sample", *(word for key, value in told.items() for word in (f"--{key}", str(value)))]) == 0
+    z0 = sampled(tmp_path, lora=out, **by_hand)
+    # The words for the whole model, with stand-ins: the same, and not without the LoRA.
+    whole = {"model": f"elsewhere/{folder.name}", "frames": 121, "height": 704, "width": 1280, "max-len": 512}
+    assert torch.equal(sampled(tmp_path, "--tiny-random", lora=out, **whole), z0)
+    assert not torch.equal(sampled(tmp_path, "--tiny-random", **whole), z0)
+
+
+def sampled(tmp_path: Path, *flags: str, **told: object) -> torch.Tensor:
+    """Latents of one video."""
+    (tmp_path / "prompts.txt").write_text("a walk through a garden\n")
+    told |= {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "samples", "num-steps": 3}
+    told |= {"prompt-cache": tmp_path / "prompts"}
+    shutil.rmtree(tmp_path / "samples", ignore_errors=True)
+    words = [word for key, value in told.items() for word in (f"--{key}", str(value))]
+    assert cli.main(["sample", *words, *flags]) == 0
     assert (tmp_path / "samples/000.mp4").is_file()
+    return load_file(tmp_path / "samples/000.safetensors")["z0"]
+
+
+def test_samples_of_a_published_model_that_is_not_here_are_made_by_stand_ins(tmp_path):
+    z0 = sampled(tmp_path, "--tiny-random", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=81, height=480, width=832)
+    assert z0.shape == (16, 3, 4, 8)
+    assert z0.isfinite().all()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -129,7 +150,12 @@ def test_a_stand_in_has_the_layout_of_what_it_stands_for(name, tmp_path, capsys)
     assert f"{sum(p.numel() for p in whole.parameters()):,} parameters" in capsys.readouterr().out
 
 
-def test_what_has_no_stand_in_is_refused_in_one_line(capsys):
+def test_what_has_no_stand_in_is_refused_in_one_line(capsys, tmp_path):
+    prompts = ["--prompts", "assets/prompts/held_out.txt", "--out", str(tmp_path / "out")]
+    assert cli.main(["sample", *prompts, "--tiny-random"]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "and this is of assets/tiny-wan: name the folder as the hub does" in said
+    assert not (tmp_path / "out").exists()
     for recipe, what in (("launch/recipes/tiny.yaml", "assets/tiny-wan"), ("launch/recipes/mixture.yaml", "no video")):
         assert cli.main(["train", recipe, "--tiny-random"]) == 2
         (said,) = capsys.readouterr().err.strip().splitlines()
