@@ -34,7 +34,9 @@ class Encoders(NamedTuple):
     text: Callable[[list[str]], Float[Tensor, "B tokens channels"]]
     """Prompt embeddings, 0 beyond a prompt's end."""
     identity: dict[str, Any]
-    """What tells these encoders from others: sha256 of their files, the number of tokens."""
+    """What tells these encoders from others: sha256 of their files, the number of tokens, what is told."""
+    first: Callable[[Float[Tensor, "B T 3 H W"]], tuple[Tensor, ...]] = lambda clips: ()
+    """What the model is told of each clip's first frame, [B ...] each."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Encoded:
     negative: Float[Tensor, "tokens channels"]
     """Embedding of the negative prompt."""
     captions: tuple[str, ...]
+    given: tuple[Tensor, ...] = ()
+    """What is told of each clip's first frame, [N ...] each."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -227,12 +231,15 @@ def encode_clips(config: DataConfig, encoders: Encoders, say: Callable[[str], No
         if not _shard(folder, number).exists():
             video = torch.cat(list(_load(config, sources[part]))).float() / 255
             tensors = {"z0": encoders.video(video), "text": encoders.text(captions[part])}
+            tensors |= {f"given.{n}": x for n, x in enumerate(encoders.first(video))}
             save_tensors(_shard(folder, number), {name: x.float().cpu().contiguous() for name, x in tensors.items()})
             say(f"encoding: {min(part.stop, len(sources))} of {len(sources)} clips")
     save_json(folder / "index.json", key)
     stored = [load_tensors(_shard(folder, number))[0] for number in range(len(shards))]
-    z0, text = (torch.cat([shard[name] for shard in stored]) for name in ("z0", "text"))
-    return Encoded(z0, text, encoders.text([config.negative_prompt])[0].float().cpu(), tuple(captions))
+    whole = {name: torch.cat([shard[name] for shard in stored]) for name in stored[0]}
+    given = tuple(whole[name] for name in sorted(whole) if name.startswith("given."))
+    negative = encoders.text([config.negative_prompt])[0].float().cpu()
+    return Encoded(whole["z0"], whole["text"], negative, tuple(captions), given)
 
 
 def _load(config: DataConfig, sources: list[Any]) -> Iterator[UInt8[Tensor, "B T 3 H W"]]:

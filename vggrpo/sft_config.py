@@ -36,6 +36,11 @@ class SftRecipe:
     """Train a new transformer of this size instead."""
     lora: LoraSize | None = None
     """Train low-rank updates; None trains every weight."""
+    side: Literal["high", "low"] | None = None
+    """Of two transformers (Wan2.2-A14B): which is trained, at the flow times of its side of the boundary alone."""
+    tell_first_frame: bool | None = None
+    """Tell the model of each clip's first frame, as in image to video; by default where it cannot go without
+    (Wan2.1-I2V, 2.2 I2V-A14B), and not where it can (2.2 TI2V-5B)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training clips."""
     held_out: DataConfig = field(default_factory=lambda: DataConfig(first_seed=40_000_000, num_clips=64))
@@ -80,6 +85,8 @@ class SftRecipe:
     """Steps between checkpoints, each with a point of the curve."""
 
     def __post_init__(self) -> None:
+        if self.new is not None and (self.side is not None or self.tell_first_frame):
+            raise ValueError("side and tell_first_frame are of a model that is there: leave them out beside `new`")
         for name in ("num_steps", "batch", "warmup", "checkpoint_every", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

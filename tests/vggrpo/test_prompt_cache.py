@@ -10,8 +10,8 @@ from tests.vggrpo.test_wan import TOKENIZER, saved, transformer, vae
 from vggrpo import cli
 from vggrpo.build import build
 from vggrpo.policy import prompt_cache
+from vggrpo.policy.encoders import load_encoders
 from vggrpo.policy.prompt_cache import prompt_encoder
-from vggrpo.policy.wan import load_encoders
 from vggrpo.recipe import load_recipe
 from vggrpo.sample import SampleConfig, load_models
 from vggrpo.types import Condition

@@ -13,7 +13,8 @@ from vggrpo.bootstrap.vae import build_vae
 from vggrpo.cli import main
 from vggrpo.data import Encoded
 from vggrpo.flow import euler_step, interpolate
-from vggrpo.policy.wan import load_encoders, wan_velocity
+from vggrpo.policy.encoders import load_encoders
+from vggrpo.policy.wan import wan_velocity
 from vggrpo.recipe import read_recipe
 from vggrpo.sampler import ode_sample, time_grid
 from vggrpo.sft import (
@@ -138,7 +139,7 @@ def test_the_network_is_asked_at_0_to_1000_and_we_at_0_to_1(recipe, data):
         if isinstance(module, Timesteps):
             module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    flow_loss(training, recipe, data.z0, data.z0, t, data.text)
+    flow_loss(training, recipe, data.z0, data.z0, t, (data.text,))
     assert torch.equal(seen[0], 1000 * t)
 
 
@@ -147,11 +148,11 @@ def test_a_perfect_velocity_has_no_loss(recipe, data, monkeypatch):
     t = torch.tensor([0.1, 0.4, 0.7, 1.0])
 
     def velocity_of(sign):
-        return lambda network, z_t, t, text: sign * (z_t - data.z0) / t.view(-1, 1, 1, 1, 1)
+        return lambda network, z_t, t, text, image: sign * (z_t - data.z0) / t.view(-1, 1, 1, 1, 1)
 
     for sign, least, most in ((1, 0, 1e-9), (-1, 1, 100)):
-        monkeypatch.setattr("vggrpo.sft.wan_velocity", velocity_of(sign))
-        loss = flow_loss(start_sft(recipe, data), recipe, data.z0, eps, t, data.text)
+        monkeypatch.setattr("vggrpo.policy.wan.wan_velocity", velocity_of(sign))
+        loss = flow_loss(start_sft(recipe, data), recipe, data.z0, eps, t, (data.text,))
         assert ((least <= loss) & (loss <= most)).all()
 
 
@@ -208,9 +209,9 @@ def test_the_first_latent_frame_counts_by_its_weight(recipe, data, monkeypatch):
 def test_a_dropped_caption_is_the_negative_prompt(recipe, data, monkeypatch):
     seen = []
 
-    def spy(training, recipe, z0, eps, t, text):
-        seen.append(text)
-        return flow_loss(training, recipe, z0, eps, t, text)
+    def spy(training, recipe, z0, eps, t, told):
+        seen.append(told[0])
+        return flow_loss(training, recipe, z0, eps, t, told)
 
     monkeypatch.setattr("vggrpo.sft.flow_loss", spy)
     training = start_sft(recipe, data)

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from geometry.backbone import HookedBackbone
 from geometry.latent import Connector, LatentGeometryModel
@@ -30,7 +29,9 @@ from vggrpo.recipe import load_recipe
 from vggrpo.runtime import Run
 from vggrpo.sample import SampleConfig, load_models, sample_videos
 from vggrpo.sampler import Window, normal
+from vggrpo.stitch.clips import check_generator
 from vggrpo.stitch.load import read_latent_spec
+from vggrpo.stitch.recipe import SamplingRecipe
 from vggrpo.types import Condition, Streams
 
 ROOT = Path(__file__).parents[2]
@@ -58,18 +59,7 @@ def told(tmp_path_factory):
     """A Wan2.2-TI2V-5B, a Wan2.1-I2V, and two pictures and prompts."""
     folder = tmp_path_factory.mktemp("told")
     wan.wan22(WanImageToVideoPipeline, folder / "kept")
-    torch.manual_seed(0)
-    clip = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    wan.saved(
-        folder / "channels",
-        WanImageToVideoPipeline,
-        transformer=wan.transformer(36, out_channels=16, image_dim=16, added_kv_proj_dim=24),
-        vae=wan.vae(),
-        image_encoder=CLIPVisionModel(clip),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-    )
+    wan.save_i2v(folder / "channels")
     (folder / "frames").mkdir()
     wan.picture().save(folder / "frames/a.png")
     wan.picture().transpose(0).save(folder / "frames/b.png")
@@ -79,10 +69,7 @@ def told(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
-    """A Wan2.2-A14B: two of three steps are above the boundary."""
-    torch.manual_seed(0)
-    parts = {"transformer": wan.transformer(), "transformer_2": wan.transformer(), "vae": wan.vae()}
-    return wan.saved(tmp_path_factory.mktemp("moe"), WanPipeline, boundary_ratio=0.7, **parts)
+    return wan.save_moe(tmp_path_factory.mktemp("moe"))
 
 
 @pytest.fixture(scope="module")
@@ -293,12 +280,14 @@ def test_a_lora_of_another_model_is_refused_in_one_line(told, moe, loras, tmp_pa
         load_loras(load_velocity(moe), tmp_path)
 
 
-def test_finetuning_on_clips_and_plans_refuse_them_in_one_line(told, moe, tmp_path, capsys):
+def test_the_recipe_of_the_embedded_stack_refuses_them_in_one_line(told, moe):
     for folder, why in ((moe, "has two transformers"), (told / "channels", "makes videos of a first frame, which")):
-        assert cli.main(["sft", "launch/recipes/sft/lora.yaml", f"model={folder}", f"out={tmp_path}"]) == 2
-        said = capsys.readouterr().err
-        assert why in said
-        assert said.count("\n") == 1
+        with pytest.raises(ValueError, match=f"{why}.* the recipe of the embedded stack") as error:
+            check_generator(folder, SamplingRecipe(num_samples=1))
+        assert "\n" not in str(error.value)
+
+
+def test_plans_refuse_them_in_one_line(told, moe, capsys):
     first = ["video.motion_samples=0", "video.first_frames=x"]
     for folder, more, why in ((moe, [], "has two transformers"), (told / "channels", first, "further channels")):
         assert cli.main(["plan", "launch/recipes/tiny.yaml", f"video.model={folder}", *more]) == 2

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CL
 
 from vggrpo.build import Parts, build
 from vggrpo.config import LoraSize, SamplingConfig
+from vggrpo.policy.encoders import load_encoders
 from vggrpo.policy.first_frame import WORDS, free_shape, kept_latents, load_sight, put_first, with_first_frames
 from vggrpo.policy.flow_policy import FlowPolicy, Network, lora_off
 from vggrpo.policy.lora import add_lora, lora_targets
-from vggrpo.policy.wan import WanVelocity, in_dtype, latent_shape, load_encoders
+from vggrpo.policy.wan import WanVelocity, in_dtype, latent_shape
 from vggrpo.policy.wan_folder import Layout, adapt, load_velocity, read_layout
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window, draw, normal
@@ -191,13 +192,12 @@ def test_a_kept_first_frame_stays_and_has_no_part_in_likelihood_and_kl(wan22_i2v
         with_first_frames(lambda cond: text, "kept", vae, 5, None, frames[:, :, 1:])
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["clip", "without clip"])
-def wan21_i2v(request, tmp_path_factory):
-    """Wan2.1-I2V, which reads CLIP's view, and the form of Wan2.2's, which does not."""
+def save_i2v(folder: Path, clip: bool = True) -> Path:
+    """Wan2.1-I2V, which reads CLIP's view, or the form of Wan2.2's, which does not."""
     torch.manual_seed(0)
     parts = {"vae": vae()}
     image = {}
-    if request.param:
+    if clip:
         config = CLIPVisionConfig(
             hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
             patch_size=14,
@@ -206,7 +206,12 @@ def wan21_i2v(request, tmp_path_factory):
         parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
         image = {"image_dim": 16, "added_kv_proj_dim": 24}
     parts["transformer"] = transformer(36, out_channels=16, **image)
-    return saved(tmp_path_factory.mktemp("wan21_i2v"), WanImageToVideoPipeline, **parts), request.param
+    return saved(folder, WanImageToVideoPipeline, **parts)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["clip", "without clip"])
+def wan21_i2v(request, tmp_path_factory):
+    return save_i2v(tmp_path_factory.mktemp("wan21_i2v"), request.param), request.param
 
 
 def test_wan21_i2v_is_sampled_as_diffusers_samples_it_bit_for_bit(wan21_i2v):
@@ -235,12 +240,16 @@ def test_wan21_i2v_is_sampled_as_diffusers_samples_it_bit_for_bit(wan21_i2v):
             short(Condition(["yes"], first_frame=first_frame()))
 
 
-@pytest.fixture(scope="module")
-def wan22_moe(tmp_path_factory):
+def save_moe(folder: Path) -> Path:
     """Wan2.2-A14B: two of three steps are above the boundary."""
     torch.manual_seed(0)
     parts = {"transformer": transformer(), "transformer_2": transformer(), "vae": vae(), "boundary_ratio": 0.7}
-    return saved(tmp_path_factory.mktemp("wan22_moe"), WanPipeline, **parts)
+    return saved(folder, WanPipeline, **parts)
+
+
+@pytest.fixture(scope="module")
+def wan22_moe(tmp_path_factory):
+    return save_moe(tmp_path_factory.mktemp("wan22_moe"))
 
 
 def test_wan22_a14b_is_sampled_as_diffusers_samples_it_bit_for_bit(wan22_moe):

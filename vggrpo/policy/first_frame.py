@@ -133,11 +133,8 @@ def with_first_frames(
         if cond.first_frame is None:
             raise ValueError("an image-to-video model needs a first frame for each prompt, and got prompts alone")
         text = texts(cond)
-        if sees and text.shape[1] != WORDS:
-            raise ValueError(
-                f"a model that reads image embeddings needs prompts of {WORDS} tokens, got max_len {text.shape[1]}: "
-                f"set max_len to {WORDS}"
-            )
+        if sees:
+            check_words(text.shape[1])
         names = [_name(frame) for frame in cond.first_frame]
         if not known.keys() >= set(names):
             raise ValueError("a first frame was not encoded beforehand")
@@ -145,6 +142,15 @@ def with_first_frames(
         return (text, *(torch.cat(some).to(text.device) for some in zip(*parts, strict=True)))
 
     return encode
+
+
+def check_words(max_len: int) -> None:
+    """Raises ValueError, one line, for prompts of a length that image embeddings cannot be read beside."""
+    if max_len != WORDS:
+        raise ValueError(
+            f"a model that reads image embeddings needs prompts of {WORDS} tokens, got max_len {max_len}: "
+            f"set max_len to {WORDS}"
+        )
 
 
 def free_shape(shape: tuple[int, int, int, int], way: Way | None) -> tuple[int, int, int, int]:

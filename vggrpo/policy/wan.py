@@ -1,4 +1,4 @@
-"""diffusers' Wan, tiny and real alike: its velocity at flow times, and the encoders of its folder.
+"""diffusers' Wan, tiny and real alike: its velocity at flow times, and the sizes that its folder says.
 
 Timesteps of 0 to 1000 exist only here.
 """
@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AutoTokenizer, UMT5EncoderModel
 
-from vggrpo.bootstrap.assets import sha256
-from vggrpo.bootstrap.text import TextStage, encode_prompts
-from vggrpo.bootstrap.vae import encode, normalise
-from vggrpo.data import Encoders
 from vggrpo.policy.flow_policy import rows
 
 TIMESTEPS = 1000.0
-AT_ONCE = 4
-"""Clips that the VAE encodes together."""
 
 
 def wan_velocity(
@@ -228,39 +221,3 @@ def own_shift(folder: Path) -> float:
     if shift is None:
         raise ValueError(f"{path} says nothing of a shift: give the time grid's shift yourself")
     return float(shift)
-
-
-def load_encoders(folder: Path, max_len: int, device: str) -> Encoders:
-    """VAE and text encoder of a Wan folder in diffusers layout, in fp32, for prompts of `max_len` tokens.
-
-    Raises:
-        ValueError: the folder lacks one of them.
-    """
-    check_there(folder)
-    parts = ("vae", "text_encoder", "tokenizer")
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder} has no {part}/: it must be a Wan model in diffusers layout")
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32)
-    encoder = UMT5EncoderModel.from_pretrained(
-        folder / "text_encoder", local_files_only=True, torch_dtype=torch.float32
-    )
-    stage = TextStage(
-        AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), encoder.eval().to(device)
-    )
-    vae.eval().to(device)
-
-    @torch.no_grad()
-    def video(clips: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B C L h w"]:
-        return torch.cat([normalise(vae, encode(vae, some.to(device))) for some in clips.split(AT_ONCE)])
-
-    def text(prompts: list[str]) -> Float[Tensor, "B tokens channels"]:
-        return encode_prompts(stage, prompts, max_len)[0]
-
-    files = [path for part in parts for path in sorted((folder / part).iterdir())]
-    digests = {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in files
-        if path.suffix in (".json", ".safetensors", ".model") and path.name != "card.json"
-    }
-    return Encoders(video, text, {"files": digests, "max_len": max_len})

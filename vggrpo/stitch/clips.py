@@ -1,5 +1,6 @@
 """What a latent geometry model is made of: clips of the world and videos of the generator, and their latents."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -99,6 +100,26 @@ def generated_clips(path: Path, vae: AutoencoderKLWan, wan: Path, how: SamplingR
     return Clips(**load_tensors(path)[0], intrinsics=None)
 
 
+def check_alone(folder: Path) -> None:
+    """Refuse a Wan that the recipe of the embedded stack cannot draw samples from.
+
+    Raises:
+        ValueError: it has two transformers, or one that must be told of a first frame.
+    """
+    if (folder / "transformer_2").is_dir():
+        raise ValueError(
+            f"{folder} has two transformers, each for some times, and the recipe of the embedded stack knows of one: "
+            "take a Wan that has one (2.1, or 2.2 TI2V-5B), or a recipe with `clips`, as stitch/wan21_vggt.yaml has it"
+        )
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {"in_channels": 0}
+    if config["in_channels"] != (config.get("out_channels") or config["in_channels"]):
+        raise ValueError(
+            f"{folder} makes videos of a first frame, which the recipe of the embedded stack does not tell it of: take "
+            "a Wan that takes prompts alone (T2V, or 2.2 TI2V-5B)"
+        )
+
+
 def check_generator(wan: Path, how: SamplingRecipe, generator: Path | None = None) -> Path:
     """The folder to draw samples with: `generator`, or `wan` itself.
 
@@ -109,9 +130,7 @@ def check_generator(wan: Path, how: SamplingRecipe, generator: Path | None = Non
     if how.num_samples and not (wan / "transformer").is_dir():
         raise ValueError(f"{wan} has no transformer/ to draw samples from: set sampling.num_samples=0 or train one")
     if how.num_samples:
-        from vggrpo.sft import check_alone
-
-        check_alone(wan, "the recipe of the embedded stack")
+        check_alone(wan)
         read_prompts(how.prompts)
         if wan != own and read_card(wan / "vae")["sha256"] != read_card(own / "vae")["sha256"]:
             raise ValueError(f"{wan} has another VAE than {own}: its latents mean other things; give one with the same")
@@ -121,7 +140,8 @@ def check_generator(wan: Path, how: SamplingRecipe, generator: Path | None = Non
 @torch.no_grad()
 def _draw(wan: Path, vae: AutoencoderKLWan, how: SamplingRecipe) -> Float[Tensor, "N C L h w"]:
     """Latents of `num_samples` videos by the ODE with guidance; prompts are taken in turn, over and over."""
-    from vggrpo.policy.wan import WanVelocity, load_encoders, own_shift
+    from vggrpo.policy.encoders import load_encoders
+    from vggrpo.policy.wan import WanVelocity, own_shift
     from vggrpo.sampler import draw, normal, time_grid
     from vggrpo.sft import load_transformer
 

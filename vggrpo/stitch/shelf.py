@@ -108,7 +108,8 @@ def drawer(recipe: PairRecipe, device: str) -> Callable[[int], Float[Tensor, "C 
     Raises:
         ValueError: no whole Wan in the folder, or one that needs a first frame; no prompts.
     """
-    from vggrpo.policy.wan import latent_shape, load_encoders, own_shift
+    from vggrpo.policy.encoders import load_encoders
+    from vggrpo.policy.wan import latent_shape, own_shift
     from vggrpo.policy.wan_folder import load_velocity, read_layout
     from vggrpo.sampler import draw, normal, time_grid
 
