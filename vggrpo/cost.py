@@ -167,7 +167,8 @@ def saved_bytes(shape: Shape, *, checkpointing: bool = False) -> int:
     wide += N * (6 * r + 9 + 2 * shape.heads) + 2 * m * r + (8 * N * d if shape.per_token else 0)
     block = FLOAT * wide + HALF * narrow
     between = (HALF if shape.half else FLOAT) * N * d
-    return round(shape.layers * between + block if checkpointing else shape.layers * block) + FLOAT * round(m * d)
+    once = 0 if shape.half else FLOAT * round(m * d)  # the text, which all blocks read; in bf16 each has a copy
+    return round(shape.layers * between + block if checkpointing else shape.layers * block) + once
 
 
 def peak_bytes(
