@@ -15,6 +15,7 @@ from vggrpo import cli
 from vggrpo.config import GrpoConfig, LoraSize, SamplingConfig
 from vggrpo.cost import Shape, backward_flops, evaluations, forward_flops, iteration_flops, peak_bytes, saved_bytes
 from vggrpo.plan import share
+from vggrpo.policy.first_frame import WORDS
 from vggrpo.policy.lora import add_lora
 from vggrpo.policy.wan import WanVelocity, in_dtype, wan_velocity
 from vggrpo.recipe import load_recipe
@@ -30,20 +31,27 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="module", params=[(2, 2, 32, 96, 4, 10), (3, 3, 16, 160, 8, 7)])
+@pytest.fixture(
+    scope="module",
+    params=[(2, 2, 32, 96, 4, 10, 0), (3, 3, 16, 160, 8, 7, 0), (2, 2, 32, 96, 4, WORDS, 300)],
+    ids=["a", "b", "of a first frame"],
+)
 def made(request):
-    """A Wan with LoRA of some size, its shape, and one video."""
-    layers, heads, width, ffn, rank, M = request.param
+    """A Wan with LoRA of some size, its shape, and what it is given of videos of one prompt: z, text, image."""
+    layers, heads, width, ffn, rank, M, I = request.param  # noqa: E741
+    d = heads * width
+    image = {"in_channels": 36, "out_channels": 16, "image_dim": 20, "added_kv_proj_dim": d} if I else {}
     transformer = WanTransformer3DModel(
-        num_layers=layers, num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn, text_dim=24
+        num_layers=layers, num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn, text_dim=24, **image
     )
     add_lora(transformer, LoraSize(rank, rank))
-    shape = Shape.of(transformer.config, LATENT, M, rank)
-    return (
-        transformer,
-        shape,
-        lambda: wan_velocity(transformer, torch.randn(1, *LATENT), torch.tensor([0.5]), torch.randn(1, M, 24)),
-    )
+    shape = Shape.of(transformer.config, LATENT, M, rank, seen=I)
+
+    def inputs(n: int = 1):
+        z = torch.randn(n, transformer.config.in_channels, *LATENT[1:])
+        return z, torch.randn(1, M, 24).expand(n, -1, -1), torch.randn(1, I, 20).expand(n, -1, -1) if I else None
+
+    return transformer, shape, inputs
 
 
 def test_parameters_are_counted_exactly(made):
@@ -56,24 +64,30 @@ def test_parameters_are_counted_exactly(made):
 
 def test_operations_are_those_that_torch_counts(made):
     """With attention in products that torch can count; its backward pass then computes nothing again: 2 for 2.5."""
-    _, shape, velocity = made
+    transformer, shape, inputs = made
+
+    def velocity() -> torch.Tensor:
+        z, text, image = inputs()
+        return wan_velocity(transformer, z, torch.tensor([0.5]), text, image)
+
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             velocity()
         with FlopCounterMode(display=False) as both:
             velocity().square().mean().backward()
-    attention = shape.layers * 4 * shape.N * shape.d * (shape.N + shape.M)
+    attention = shape.layers * 4 * shape.N * shape.d * (shape.N + shape.M + shape.I)
     assert forward_flops(shape) == forward.get_total_flops()
     assert forward_flops(shape) + backward_flops(shape) - attention / 2 == both.get_total_flops()
 
 
 def test_operations_of_videos_that_share_a_prompt_are_those_that_torch_counts(made):
     """Three videos and one prompt, through the network that is trained; without sharing it would be more."""
-    transformer, shape, _ = made
+    transformer, shape, inputs = made
     network, shared = WanVelocity(transformer), replace(shape, sharing=3)
-    text = torch.randn(1, shape.M, 24).expand(3, -1, -1)
+    z, text, image = inputs(3)
+    told = text if image is None else (text, z[:, 16:], image)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.randn(3, *LATENT), torch.full((3,), 0.5), text)
+        network(z[:, :16], torch.full((3,), 0.5), told)
     assert 3 * forward_flops(shared) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     assert forward_flops(shared) < forward_flops(shape)
 
@@ -81,7 +95,7 @@ def test_operations_of_videos_that_share_a_prompt_are_those_that_torch_counts(ma
 @pytest.mark.parametrize("per_token", [False, True], ids=["one time", "a time a token"])
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 def test_saved_bytes_are_those_that_autograd_keeps(made, half, per_token):
-    transformer, shape, _ = made
+    transformer, shape, inputs = made
     transformer = in_bf16(transformer) if half else transformer
     own = {x.untyped_storage().data_ptr() for x in [*transformer.parameters(), *transformer.buffers()]}
     kept: dict[int, torch.Tensor] = {}
@@ -93,12 +107,15 @@ def test_saved_bytes_are_those_that_autograd_keeps(made, half, per_token):
 
     t = torch.full((1, shape.N) if per_token else (1,), 0.5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        wan_velocity(transformer, torch.randn(1, *LATENT), t, torch.randn(1, shape.M, 24))
+        z, text, image = inputs()
+        wan_velocity(transformer, z, t, text, image)
     found = sum(x.untyped_storage().nbytes() for x in kept.values())
     asked = replace(shape, half=half, per_token=per_token)
     assert saved_bytes(asked) == pytest.approx(found, rel=0.06)
     other = replace(asked, half=not half) if per_token else replace(asked, per_token=True)
     assert per_token or saved_bytes(other) != pytest.approx(found, rel=0.06)  # the control
+    if shape.I:
+        assert saved_bytes(replace(asked, I=0)) != pytest.approx(found, rel=0.06)
 
 
 def in_bf16(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
@@ -119,6 +136,19 @@ def test_weights_in_bf16_are_counted_exactly(made):
     both = [peak_bytes(replace(shape, half=on), sampling, LATENT, 1, averaged=False) for on in (False, True)]
     saved = [saved_bytes(replace(shape, half=on)) for on in (False, True)]
     assert both[0] - both[1] - (saved[0] - saved[1]) == 4 * shape.num_frozen - frozen
+
+
+def test_all_transformers_and_first_frames_are_held(made):
+    _, shape, _ = made
+    how = {"sampling": SamplingConfig(num_steps=10), "latent": LATENT, "num_videos": 3, "averaged": False}
+    one, two, both = (
+        peak_bytes(replace(shape, resident=held, adapted=trained), **how) for held, trained in ((1, 1), (2, 1), (2, 2))
+    )
+    assert two - one == 4 * shape.num_frozen
+    assert both - two == 16 * shape.num_trained
+    if shape.I:  # of each of three videos, under its prompt and the negative one: 20 channels, and CLIP's view
+        bare = replace(shape, patch_in=shape.patch_out)
+        assert one - peak_bytes(bare, **how) == 3 * 2 * 4 * 20 * 3 * 8 * 6 + 4 * (shape.num_frozen - bare.num_frozen)
 
 
 def counts(window: int = 3, begin: int = 2, b: int = 2, k: int = 4, beta: float = 0.1, updates: int = 1, **more):

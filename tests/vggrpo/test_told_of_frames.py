@@ -24,6 +24,7 @@ from vggrpo.nft import nft_backward, nft_loss, optimality
 from vggrpo.policy.first_frame import WORDS, kept_latents, put_first, with_first_frames
 from vggrpo.policy.flow_policy import FlowPolicy, frozen_copy, lora_off, rows
 from vggrpo.policy.lora import WEIGHTS
+from vggrpo.policy.wan import WanVelocity
 from vggrpo.policy.wan_folder import adapt, load_loras, load_velocity, save_loras
 from vggrpo.recipe import load_recipe
 from vggrpo.runtime import Run
@@ -287,11 +288,76 @@ def test_the_recipe_of_the_embedded_stack_refuses_them_in_one_line(told, moe):
         assert "\n" not in str(error.value)
 
 
-def test_plans_refuse_them_in_one_line(told, moe, capsys):
-    first = ["video.motion_samples=0", "video.first_frames=x"]
-    for folder, more, why in ((moe, [], "has two transformers"), (told / "channels", first, "further channels")):
-        assert cli.main(["plan", "launch/recipes/tiny.yaml", f"video.model={folder}", *more]) == 2
-        said = capsys.readouterr().err
-        assert why in said
-        assert "measure this one (vggrpo check)" in said
+PLAN = ["sampling.num_steps=6", "sampling.shift=3.0", "sampling.window.kind=fixed", "sampling.window.stop=5",
+        "video.frames=5", "video.height=32", "video.width=64", "video.motion_samples=0", "grpo.group_size=2",
+        "grpo.num_prompts=2", "sampling.guidance_scale=1", "sampling.window.size=1",
+        "sampling.share_noise=false"]  # fmt: skip
+
+
+def plan_of(folder: Path, prompts: Path, capsys, *more: str, status: int = 0) -> str:
+    words = ["plan", "launch/recipes/tiny.yaml", f"video.model={folder}", f"video.prompts={prompts}", *PLAN, *more]
+    capsys.readouterr()
+    assert cli.main(words) == status
+    return capsys.readouterr().out if status == 0 else capsys.readouterr().err
+
+
+def counted(folder: Path, on: str, rank: int) -> tuple[int, int]:
+    """Parameters of a transformer, and of the LoRA that it is given."""
+    network = load_velocity(folder)
+    frozen = sum(weight.numel() for weight in network.transformer.parameters())
+    adapt(network, LoraSize(rank, rank), on, torch.tensor([0.9 if on == "high" else 0.1]), 1)
+    return frozen, sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
+@pytest.mark.parametrize(("on", "start"), [("high", 0), ("low", 4)])
+def test_a_plan_of_two_transformers_says_which_steps_ask_which_and_a_step_does_so(
+    told, moe, capsys, monkeypatch, on, start
+):
+    asked: list[tuple[float, bool]] = []
+    real = WanVelocity.at
+
+    def at(self, t):
+        found = real(self, t)
+        if self.boundary is not None:
+            asked.extend((float(x), found is self.transformer) for x in t)
+        return found
+
+    monkeypatch.setattr(WanVelocity, "at", at)
+    where = [f"video.lora_on={on}", f"sampling.window.start={start}", "video.lora.rank=3"]
+    said = plan_of(moe, told / "prompts.txt", capsys, *where)
+    frozen, trained = counted(moe, on, 3)
+    assert f": 2 x {frozen:,} parameters, and {trained:,} of a LoRA to train" in said
+    assert f"transformers 2, both held: 4 of 6 steps ask the one from 0.7 on, 2 the other; LoRA on {on}" in said
+    assert "rollout 24, replay 4, reference 4" in said
+    assert len({t for t, high in asked if high}) == 4
+    assert len({t for t, high in asked if not high}) == 2
+    assert len(asked) == 24 + 4 + 4
+    other = "low" if on == "high" else "high"
+    said = plan_of(moe, told / "prompts.txt", capsys, *where, f"video.lora_on={other}", "--no-step", status=2)
+    assert f"video.lora_on is {other}, but the steps of sampling.window lie on the side {on}" in said
+    assert said.count("\n") == 1
+
+
+def test_a_plan_of_first_frames_counts_their_channels_and_what_is_seen(told, capsys):
+    folder, prompts = told / "channels", told / "prompts.txt"
+    frames = [f"video.first_frames={told}/frames", "video.lora.rank=3", "sampling.window.start=0"]
+    said = plan_of(folder, prompts, capsys, *frames, f"video.max_len={WORDS}")
+    frozen, trained = counted(folder, "high", 3)
+    assert f": {frozen:,} parameters, and {trained:,} of a LoRA to train" in said
+    assert f"first frame  {20 * 2 * 4 * 8:,} numbers beside a video's latents, and 5 tokens of what CLIP sees" in said
+    assert "blocks were measured" in said
+    assert "measured     trainable parameters" in said
+    for more, message in (
+        ([*frames, "video.max_len=8"], "needs prompts of 512 tokens, got max_len 8: set max_len to 512"),
+        (frames[1:], "makes videos of a first frame: set video.first_frames"),
+    ):
+        said = plan_of(folder, prompts, capsys, *more, "--no-step", status=2)
+        assert message in said
         assert said.count("\n") == 1
+
+
+def test_a_plan_of_a_model_that_keeps_a_first_frame_makes_a_step(told, capsys):
+    more = [f"video.first_frames={told}/frames", "sampling.window.start=0", "video.max_len=8"]
+    said = plan_of(told / "kept", told / "prompts.txt", capsys, *more)
+    assert "latents 48x2x2x4: 4 tokens" in said
+    assert "measured     trainable parameters" in said

@@ -8,6 +8,7 @@ Everything is as in diffusers' WanImageToVideoPipeline, to the bit.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -73,6 +74,20 @@ def load_sight(folder: Path, device: str = "cpu") -> Sight:
     encoder = CLIPVisionModel.from_pretrained(folder / "image_encoder", local_files_only=True, dtype=torch.float32)
     processor = CLIPImageProcessor.from_pretrained(folder / "image_processor", local_files_only=True)
     return Sight(processor, encoder.eval().requires_grad_(False).to(device))
+
+
+def num_seen(folder: Path) -> int:
+    """Tokens of what the image encoder of a Wan2.1-I2V folder sees in a frame; its weights are not read.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    path = folder / "image_encoder" / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no image_encoder/config.json: download it whole")
+    config = json.loads(path.read_text())
+    patches: int = config["image_size"] // config["patch_size"]
+    return patches**2 + 1
 
 
 @torch.no_grad()

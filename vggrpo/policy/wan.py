@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from vggrpo.policy.flow_policy import rows
@@ -99,7 +99,7 @@ class WanVelocity(nn.Module):
         """
         if self.transformer_2 is None or self.boundary is None:
             return self.transformer
-        high = TIMESTEPS * t >= self.boundary * TIMESTEPS
+        high = above(t, self.boundary)
         if high.any() and not high.all():
             raise ValueError(f"flow times on both sides of the boundary {self.boundary:g} in one batch: ask for each")
         return self.transformer if high.all() else self.transformer_2
@@ -109,7 +109,7 @@ class WanVelocity(nn.Module):
     ) -> Float[Tensor, "n C L h w"]:
         """v at flow times t in [0, 1]; where they lie on both sides of the boundary, each side is asked by itself."""
         if self.boundary is not None:
-            high = TIMESTEPS * t >= self.boundary * TIMESTEPS
+            high = above(t, self.boundary)
             if high.any() and not high.all():
                 sides = [side.nonzero()[:, 0] for side in (high, ~high)]
                 v = torch.cat([self(z_t[side], t[side], rows(told, side)) for side in sides])
@@ -132,6 +132,11 @@ class WanVelocity(nn.Module):
         times = t[:, None].repeat(1, whole.shape[2] * tokens)
         times[:, : given * tokens] = 0
         return wan_velocity(self.at(t), whole, times, text)[:, :, given:]
+
+
+def above(t: Float[Tensor, " n"], boundary: float) -> Bool[Tensor, " n"]:
+    """Which flow times the first of two transformers is asked at, as diffusers compares them."""
+    return TIMESTEPS * t >= boundary * TIMESTEPS
 
 
 def in_dtype(transformer: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:

@@ -19,7 +19,7 @@ from vggrpo.config import LoraSize
 from vggrpo.policy.first_frame import Way, load_sight, with_first_frames
 from vggrpo.policy.flow_policy import Encoder, TextEncoder
 from vggrpo.policy.lora import WEIGHTS, add_lora, check_lora, save_lora
-from vggrpo.policy.wan import WanVelocity, check_there
+from vggrpo.policy.wan import WanVelocity, above, check_there
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 LoraOn = Literal["high", "low", "both"]
@@ -127,21 +127,31 @@ def adapt(network: WanVelocity, size: LoraSize, on: LoraOn, times: Float[Tensor,
     if len(parts) == 1:
         add_lora(network.transformer, size)
         return
-    asked = {"high" if network.at(t[None]) is network.transformer else "low" for t in times}
-    needed = "both" if len(asked) == 2 else asked.pop()
+    assert network.boundary is not None
+    check_lora_on(on, times, network.boundary, num_processes)
+    for name, side in (("transformer", "high"), ("transformer_2", "low")):
+        if on in (side, "both"):
+            add_lora(parts[name], size)
+
+
+def check_lora_on(on: LoraOn, times: Float[Tensor, " steps"], boundary: float, num_processes: int) -> None:
+    """Compare the transformers that have LoRA with those that the trained steps ask.
+
+    Raises:
+        ValueError: as `adapt`.
+    """
+    high = above(times, boundary)
+    needed = "high" if high.all() else "both" if high.any() else "low"
     if on != needed:
         raise ValueError(
             f"video.lora_on is {on}, but the steps of sampling.window lie on the side {needed} of the boundary "
-            f"{network.boundary:g}: set video.lora_on={needed}, or move the window"
+            f"{boundary:g}: set video.lora_on={needed}, or move the window"
         )
     if on == "both" and num_processes > 1:
         raise ValueError(
             f"video.lora_on=both needs one process, got {num_processes}: a backward pass reaches one transformer; "
             "set sampling.window to one side of the boundary"
         )
-    for name, side in (("transformer", "high"), ("transformer_2", "low")):
-        if on in (side, "both"):
-            add_lora(parts[name], size)
 
 
 def save_loras(network: WanVelocity, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
