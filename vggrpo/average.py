@@ -5,6 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+AVERAGE = "average"
+"""Folder of the averaged LoRA, in a run's, and file of a checkpoint."""
+
 
 def start_average(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """An average that begins at `weights`, on their devices; or goes on from what a checkpoint `kept`."""

@@ -204,12 +204,6 @@ def check_names(weights: Collection[str] | None, known: Collection[str]) -> None
     if not weights:  # equal weights by default would undo the anti-freeze term, which must outweigh the others
         raise ValueError(f"grpo.weights must name the rewards of a video model and their weights, such as {DEFAULT}")
     for name in weights:
-        if name == "epipolar" and name not in known:
-            raise ValueError(
-                "grpo.weights: epipolar needs correspondences that someone else found, and none ship (a geometry's own "
-                "always agree with it, and the matcher of pixels is the judges'): bring yours as a reward in "
-                "video.imported that takes both, scene and video, and calls rewards.epipolar"
-            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"

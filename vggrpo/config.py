@@ -8,7 +8,7 @@ from typing import Literal
 
 from vggrpo.flow import sde_step
 from vggrpo.grpo import Aggregate, Baseline, Silent
-from vggrpo.reward_config import ImportedConfig, RemoteConfig
+from vggrpo.reward_config import EpipolarConfig, ImportedConfig, RemoteConfig
 from vggrpo.sampler import Window, time_grid
 
 
@@ -238,6 +238,9 @@ class VideoConfig:
     """Rewards of servers, by the names that they have in grpo.weights."""
     cameras: str | None = None
     """safetensors with "c2w" [N frames 4 4], the camera path of each prompt, for the reward `camera_following`."""
+    epipolar: EpipolarConfig = field(default_factory=EpipolarConfig)
+    """How the reward `epipolar` finds its matches, for which the VAE decodes every sample. The Sampson judges of
+    `vggrpo evaluate` measure much the same, and do not count for a run that has it."""
 
     def __post_init__(self) -> None:
         _require(

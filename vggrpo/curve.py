@@ -18,7 +18,7 @@ from vggrpo.config import Recipe
 from vggrpo.evaluate.compare import CONSISTENCY, LEVEL, STEADINESS, Comparison, compare
 from vggrpo.evaluate.panel import load_panel
 from vggrpo.evaluate.value import Value
-from vggrpo.evaluation import Judging, as_json, judged_videos, load_decoder
+from vggrpo.evaluation import Judging, as_json, judged_videos, load_decoder, taught_judges
 from vggrpo.recipe import load_recipe
 from vggrpo.sample import Models, load_models
 
@@ -88,7 +88,7 @@ def evaluate_run(cfg: CurveConfig, say: Callable[[str], None]) -> str:
     found = {}
     for step, weights in steps.items():
         tuned = told(_with_weights(models, weights, recipe, cfg.device), f"iteration {step}")
-        found[step] = compare(base, tuned, of)
+        found[step] = compare(base, tuned, of, taught_judges(cfg.run))
     out.mkdir(parents=True, exist_ok=True)
     warned = parting(found)
     save_json(

@@ -13,11 +13,13 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
+import yaml
 from diffusers import AutoencoderKLWan
 from jaxtyping import Float
 from torch import Tensor
 
 from vggrpo.animate import check_animation, save_animation
+from vggrpo.average import AVERAGE
 from vggrpo.bootstrap.assets import save_json
 from vggrpo.bootstrap.vae import decode, denormalise
 from vggrpo.data import read_prompts
@@ -32,6 +34,9 @@ from vggrpo.sample import Drawing, Models, SampleConfig, load_models, sample_vid
 SHOWN = 6
 """Prompts in the report's pictures."""
 BASE = "base"
+TAUGHT = {"epipolar": "sampson/"}
+"""Rewards, and the judges whose kind they are: both are Sampson distances of pixels, though neither the matches nor the
+cameras are the same."""
 Repeated = tyro.conf.UseAppendAction
 
 
@@ -126,6 +131,17 @@ def candidates(cfg: EvaluateConfig) -> list[Candidate]:
     return found
 
 
+def taught_judges(lora: str | None) -> tuple[str, ...]:
+    """Beginnings of the names of judges who measure what a LoRA was trained on, by the recipe in its run's folder."""
+    if lora is None:
+        return ()
+    folder = Path(lora)
+    path = (folder.parent if folder.name == AVERAGE else folder) / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    weights = (recipe.get("grpo") or {}).get("weights") or {}
+    return tuple(judge for name, judge in TAUGHT.items() if name in weights)
+
+
 class Judged(NamedTuple):
     """One video and what was said of it."""
 
@@ -186,7 +202,7 @@ def evaluate_models(cfg: EvaluateConfig, say: Callable[[str], None]) -> str:
                 line = {"model": name, "prompt": one.prompt, "seed": one.seed, "told": plain(one.told)}
                 file.write(json.dumps(line) + "\n")
                 say(f"{name}: {len(told[name])} of {len(prompts) * cfg.num_seeds} videos")
-    found = {name: compare(told[BASE], told[name], of) for name in told if name != BASE}
+    found = {name: compare(told[BASE], told[name], of, taught_judges(how.lora)) for name, how in sides[1:]}
     save_json(out / "report.json", {"config": asdict(cfg), "candidates": {k: as_json(v) for k, v in found.items()}})
     title = f"{len(prompts)} prompts, {cfg.num_seeds} seed(s)"
     judge = HEADLINE if HEADLINE in told[BASE][0] else next(k for k in told[BASE][0] if k.startswith("sampson/"))

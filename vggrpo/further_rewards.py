@@ -15,11 +15,12 @@ from vggrpo.base_motion import prior_of
 from vggrpo.camera_paths import follow
 from vggrpo.config import VideoConfig
 from vggrpo.decoded import Decoder
+from vggrpo.matches import epipolar_of
 from vggrpo.remote import remote_reward
 from vggrpo.trainer import OfBoth, OfRollout, RewardFn
 from vggrpo.types import Rollout
 
-TOLD = ("motion_prior", "camera_following")
+TOLD = ("motion_prior", "camera_following", "epipolar")
 """Shipped rewards that a recipe tells something beside the geometry."""
 GROUP = "vggrpo.rewards"
 """Of the entry points that packages may give their rewards."""
@@ -33,7 +34,7 @@ def further_rewards(
     *,
     allow_import: bool,
 ) -> dict[str, RewardFn]:
-    """`motion_prior`, `camera_following`, and the recipe's `imported` and `remote` rewards, by name.
+    """`motion_prior`, `camera_following`, `epipolar`, and the recipe's `imported` and `remote` rewards, by name.
 
     Nothing is imported, loaded or asked where there are none.
 
@@ -42,14 +43,21 @@ def further_rewards(
 
     Raises:
         ValueError: one without a weight or with a shipped one's name, code that nobody allowed, a path that leads
-            nowhere, `motion_prior` without samples to measure motion in, `camera_following` without paths.
+            nowhere, `motion_prior` without samples to measure motion in, `camera_following` without paths, `epipolar`
+            without two frames to match.
     """
     named = weights or {}
     if "motion_prior" in named and video.motion_samples == 0:
         raise ValueError("motion_prior needs the base model's own motion: set video.motion_samples")
     if ("camera_following" in named) != (video.cameras is not None):
         raise ValueError("video.cameras and the reward camera_following go together: give both or neither")
-    found: dict[str, RewardFn] = {"motion_prior": prior_of(motion), "camera_following": follow()}
+    if "epipolar" in named and video.epipolar.stride >= video.frames:
+        raise ValueError(f"video.epipolar.stride must be less than video.frames, got {video.epipolar.stride}")
+    found: dict[str, RewardFn] = {
+        "motion_prior": prior_of(motion),
+        "camera_following": follow(),
+        "epipolar": epipolar_of(video.epipolar, decode),
+    }
     for name in (*video.imported, *video.remote):
         if name in REWARDS or name in found or (name in video.imported and name in video.remote):
             raise ValueError(f"video: there are two rewards {name!r}: give this one another name")

@@ -7,6 +7,21 @@ from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
+class EpipolarConfig:
+    """Matches in the decoded video, for the reward `epipolar` (`matches.py`)."""
+
+    stride: int = 2
+    """From one frame of a pair to the other. Near ones are matched best, but pairs whose cameras are closer together
+    than a fiftieth of the depth say nothing: more of it for long videos and slow cameras."""
+    cells: int = 8
+    """Along the shorter side, one match each. More see finer, and displacements of one or two of them at most."""
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or self.cells < 4:
+            raise ValueError(f"stride must be >= 1 and cells >= 4, got {self.stride} and {self.cells}")
+
+
+@dataclass(frozen=True)
 class ImportedConfig:
     """A reward that is imported; only with `--allow-import`, for it may do anything."""
 
@@ -14,7 +29,7 @@ class ImportedConfig:
     """package.module:function, or the name of an installed entry point of the group vggrpo.rewards."""
     takes: Literal["geometry", "video", "both"] = "geometry"
     """What it is called with: the scene; the decoded video [B K T 3 H W] in [0, 1] and the B prompts; or both, the
-    scene first, such as for `rewards.epipolar` with matches that you find in the video."""
+    scene first, such as for `rewards.epipolar` with matches of a better matcher than ours."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggrpo.average import follow, start_average
+from vggrpo.average import AVERAGE, follow, start_average
 from vggrpo.bootstrap.progress import Progress
 from vggrpo.build import Parts, build
 from vggrpo.config import Recipe
@@ -25,9 +25,6 @@ from vggrpo.signals import STATUS, Interrupted, Signals
 from vggrpo.trackers import Trackers
 from vggrpo.trainer import OfBoth, OfCondition, OfRollout, RewardFn, train
 from vggrpo.types import Condition, Rollout
-
-AVERAGE = "average"
-"""Folder of the averaged LoRA, in a run's, and file of a checkpoint."""
 
 
 class Training:
@@ -64,6 +61,8 @@ class Training:
             print(described(run.accelerator), file=sys.stderr)
             if is_control(recipe.grpo.weights):
                 print("CONTROL: the reward is random; nothing can be learnt from it", file=sys.stderr)
+            if "epipolar" in self.parts.rewards:
+                print("epipolar is a reward: the Sampson judges of vggrpo evaluate do not count", file=sys.stderr)
         todo = itertools.islice(self.parts.conditions, self.done, recipe.grpo.num_iterations)
         rewards = {name: self._polled(reward) for name, reward in self.parts.rewards.items()}
         status, deadline = 0, time.monotonic() + 60 * (recipe.max_minutes or math.inf)

@@ -22,6 +22,7 @@ from vggrpo.build import batches, chosen_rewards
 from vggrpo.camera_paths import follow, read_paths
 from vggrpo.config import VideoConfig
 from vggrpo.decoded import Decoder
+from vggrpo.evaluation import taught_judges
 from vggrpo.further_rewards import import_reward
 from vggrpo.remote import KIND, packed, post, remote_reward, serve
 from vggrpo.reward_config import ImportedConfig, RemoteConfig
@@ -419,6 +420,23 @@ def test_a_recipe_that_names_code_is_planned_where_that_is_allowed(capsys):
     assert "groups without signal  0% (bright)" in capsys.readouterr().out
 
 
+def test_a_recipe_alone_trains_on_epipolar_lines_and_says_who_is_no_judge_of_it(tmp_path, capsys):
+    words = [
+        *("video.prompt_cache=null", "video.motion_samples=0", "video.frames=9", "sampling.num_steps=4"),
+        *("sampling.window={size: 1, stop: 1}", "grpo.group_size=3", "grpo.num_iterations=1"),
+    ]
+    weights = "grpo.weights={epipolar: 1, camera_motion_floor: 3}"
+    assert cli.main(["train", RECIPE, *words, weights, f"out={tmp_path}/run"]) == 0
+    assert "epipolar is a reward: the Sampson judges of vggrpo evaluate do not count" in capsys.readouterr().err
+    numbers = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert -1 < numbers["reward/epipolar/mean"] < 0
+    assert numbers["reward/epipolar/std"] > 0
+    assert numbers["reward/epipolar/nan"] < 0.5
+    assert numbers["grad_norm"] > 0
+    assert taught_judges(f"{tmp_path}/run") == taught_judges(f"{tmp_path}/run/average") == ("sampson/",)
+    assert taught_judges(str(tmp_path)) == taught_judges(None) == ()  # a folder without a recipe, and no LoRA
+
+
 IMPORTED = "video.imported={mine: {path: 'a:b'}}"
 REMOTE = "video.remote={vlm: {url: 'http://10.1.2.3/'}}"
 
@@ -434,7 +452,8 @@ REMOTE = "video.remote={vlm: {url: 'http://10.1.2.3/'}}"
         ([REMOTE, "grpo.weights={vlm: 1}"], "say other_machines: true if they may"),
         (["grpo.weights={motion_prior: 1}", "video.motion_samples=0"], "set video.motion_samples"),
         (["grpo.weights={camera_following: 1}"], "video.cameras and the reward camera_following go together"),
-        (["grpo.weights={epipolar: 1}"], "epipolar needs correspondences that someone else found, and none ship"),
+        (["grpo.weights={epipolar: 1}", "video.epipolar.stride=17"], "stride must be less than video.frames, got 17"),
+        (["video.epipolar.cells=2"], "stride must be >= 1 and cells >= 4, got 2 and 2"),
         (["grpo.gates={motion_smoothness: motion_prior}", "video.motion_samples=0"], "set video.motion_samples"),
         (["grpo.gates={motion_smoothness: motion_pior}"], "no reward 'motion_pior': did you mean 'motion_prior'"),
         (["grpo.gates={smooth: motion_prior}"], "grpo: gates: 'smooth' is gated and has no weight"),

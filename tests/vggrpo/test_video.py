@@ -239,7 +239,7 @@ def test_where_reward_and_judges_part_is_one_line():
 
     def found(reward, judge):
         table = {"reward/motion_smoothness": row(*reward), "jitter": row(*judge)}
-        return Comparison(table, table, Verdict(False, [], 1.0, 1.0, [], []))
+        return Comparison(table, table, Verdict(False, [], 1.0, 1.0, [], [], []))
 
     up, down, open_ = (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)
     assert parting({10: found(up, down), 20: found(up, up)}) == (

@@ -121,17 +121,21 @@ class Verdict:
     """Judges of geometry that improve surely, raw and motion-matched."""
     steadier: list[str]
     """Judges of the camera's path that improve, with 0 outside their 95 % interval."""
+    taught: list[str]
+    """Judges of geometry that do not count, for the tuned model was trained on much the same."""
 
 
-def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
+def verdict(table: dict[str, Paired], matched: dict[str, Paired], taught: Sequence[str] = ()) -> Verdict:
     """PASS: a judge of geometry improves, raw and motion-matched, at kept motion, sharpness and N/A, and none worsens.
 
     A judge that can judge fewer of the videos than before does not count as improved, whatever it says of the others.
-    "Surely" is at `LEVEL` over the number of judges of geometry (Bonferroni): the more are asked, the more one of them
-    improves by chance.
+    Judges whose names begin with one of `taught` are not asked whether they improve, for that is what was trained; they
+    may still worsen. "Surely" is at `LEVEL` over the number of judges of geometry that are asked (Bonferroni): the more
+    are, the more one of them improves by chance.
     """
     motion, sharpness = (table[k].tuned / table[k].base if table[k].base else math.nan for k in (MOTION, SHARPNESS))
-    asked = [name for name in table if name.startswith(CONSISTENCY) and table[name].pairs]
+    heard = [name for name in table if name.startswith(CONSISTENCY) and table[name].pairs]
+    asked = [name for name in heard if not name.startswith(tuple(taught))]
     level = LEVEL / max(len(asked), 1)
     better = [name for name in asked if table[name].improved(level)]
     silenced = [name for name in better if table[name].tuned_na > table[name].base_na + MORE_NA]
@@ -151,9 +155,10 @@ def verdict(table: dict[str, Paired], matched: dict[str, Paired]) -> Verdict:
         reasons.append(f"motion is {motion:.2f} of the base's, less than {KEPT_MOTION}")
     if not sharpness >= KEPT_SHARPNESS:
         reasons.append(f"sharpness is {sharpness:.2f} of the base's, less than {KEPT_SHARPNESS}")
-    reasons += [f"{name} worsens surely" for name in asked if table[name].worsened(level)]
+    reasons += [f"{name} worsens surely" for name in heard if table[name].worsened(level)]
     steadier = [name for name in STEADINESS if name in table and table[name].improved()]
-    return Verdict(not reasons, reasons, motion, sharpness, sounder, steadier)
+    partial = [name for name in heard if name not in asked]
+    return Verdict(not reasons, reasons, motion, sharpness, sounder, steadier, partial)
 
 
 class Comparison(NamedTuple):
@@ -165,8 +170,8 @@ class Comparison(NamedTuple):
     verdict: Verdict
 
 
-def compare(base: Told, tuned: Told, prompts: Sequence[int]) -> Comparison:
-    """Every judge, raw and motion-matched, and the verdict.
+def compare(base: Told, tuned: Told, prompts: Sequence[int], taught: Sequence[str] = ()) -> Comparison:
+    """Every judge, raw and motion-matched, and the verdict, for which those in `taught` do not count.
 
     Raises:
         ValueError: the two lists are not of the same videos.
@@ -176,4 +181,4 @@ def compare(base: Told, tuned: Told, prompts: Sequence[int]) -> Comparison:
     names, rows = [name for name in base[0] if name in tuned[0]], motion_matched(base, tuned)
     table = {name: paired(base, tuned, prompts, name) for name in names}
     matched = {name: paired(base, tuned, prompts, name, rows) for name in names}
-    return Comparison(table, matched, verdict(table, matched))
+    return Comparison(table, matched, verdict(table, matched, taught))

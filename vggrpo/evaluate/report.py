@@ -81,6 +81,7 @@ def verdict_line(told: Verdict) -> str:
     kept = f"motion {told.motion:.2f} and sharpness {told.sharpness:.2f} of the base's"
     for kind, names in (("sounder", told.sounder), ("steadier", told.steadier)):
         kept += f"; {kind}: {', '.join(names)}" if names else ""
+    kept += f"; not counted, for it was trained on much the same: {', '.join(told.taught)}" if told.taught else ""
     return f"PASS: {kept}" if told.passed else f"NOT PASSED: {'; '.join(told.reasons)} ({kept})"
 
 

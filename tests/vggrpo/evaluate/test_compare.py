@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vggrpo.evaluate.compare import compare, paired, sign_test
+from vggrpo.evaluate.report import verdict_line
 from vggrpo.evaluate.value import Value
 
 
@@ -103,6 +104,26 @@ def test_a_judge_that_falls_silent_does_not_count_and_the_others_do():
     _, _, told = compare(*alone, PROMPTS)
     assert not told.passed
     assert told.sounder == []
+
+
+def test_judges_of_what_was_trained_do_not_count_but_may_worsen():
+    """Where `epipolar` is a reward, Sampson distances are no judge of it."""
+    better = videos(sampson=0.4, seed=1)
+    _, _, told = compare(videos(), better, PROMPTS, ["sampson/"])
+    assert not told.passed
+    assert told.sounder == []
+    assert told.taught == ["sampson/stride_4"]
+    assert "no judge of geometry improves surely" in told.reasons[0]
+    assert "not counted, for it was trained on much the same: sampson/stride_4" in verdict_line(told)
+    worse = compare(better, videos(), PROMPTS, ["sampson/"]).verdict
+    assert "sampson/stride_4 worsens surely" in worse.reasons
+    others = [
+        [one | {"referee/reprojection": Value(x)} for one in some] for some, x in ((videos(), 0.2), (better, 0.1))
+    ]
+    _, _, told = compare(*others, PROMPTS, ["sampson/"])
+    assert told.passed  # by a judge that is one
+    assert told.sounder == ["referee/reprojection"]
+    assert compare(videos(), better, PROMPTS).verdict.taught == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ TABLE = {
     "survival": Paired(0.5, 0.6, 0.1, 0.05, 0.15, 20, 0.0, 0.0, 0.001, 0.01),
     "flicker": Paired(NAN, NAN, NAN, NAN, NAN, 0, 1.0, 1.0, NAN, NAN),
 }
-TOLD = Verdict(False, ["motion is 0.50 of the base's, less than 0.9"], 0.5, 1.0, [], [])
+TOLD = Verdict(False, ["motion is 0.50 of the base's, less than 0.9"], 0.5, 1.0, [], [], [])
 FOUND = {"ours": Comparison(TABLE, TABLE, TOLD), "best of <4>": Comparison(TABLE, TABLE, TOLD)}
 
 
@@ -22,7 +22,7 @@ def test_a_row_says_it_all_and_nothing_is_made_up():
     assert found["flicker"][1:8] == ("-", "-", "-", "-", "-", "0", "-")
     assert found["flicker"][8] == "100% / 100%"
     assert "NOT PASSED: motion is 0.50 of the base's" in markdown("t", FOUND)
-    passed = Comparison(TABLE, TABLE, Verdict(True, [], 1.0, 1.0, ["sampson/stride_4"], ["jitter"]))
+    passed = Comparison(TABLE, TABLE, Verdict(True, [], 1.0, 1.0, ["sampson/stride_4"], ["jitter"], []))
     assert "**ours**: PASS: " in markdown("t", {"ours": passed})
     assert "sounder: sampson/stride_4; steadier: jitter" in markdown("t", {"ours": passed})
 
