@@ -79,8 +79,11 @@ def package():
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
+    return make_stack(tmp_path_factory.mktemp("pair"))
+
+
+def make_stack(folder: Path) -> Path:
     """Folders of a Wan 2.1, of a VGGT and of videos, and a file of prompts."""
-    folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
     saved(folder / "wan", WanPipeline, transformer=transformer(), vae=AutoencoderKLWan.from_pretrained(TRAINED))
     (folder / "vggt").mkdir()
