@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -19,11 +20,18 @@ from geometry.latent import Connector, LatentGeometryModel, LatentSpec
 WEIGHTS, CARD = "lgm.safetensors", "lgm.json"
 
 
-def save_latent_model(model: LatentGeometryModel, folder: str | Path, facts: dict[str, Any]) -> None:
-    """Write `lgm.safetensors` (connector, prefix, LoRA) and `lgm.json` (how to build it, its sha256, and `facts`)."""
+def save_latent_model(
+    model: LatentGeometryModel, folder: str | Path, facts: dict[str, Any], dtype: torch.dtype | None = None
+) -> None:
+    """Write `lgm.safetensors` (connector, prefix, LoRA) and `lgm.json` (how to build it, its sha256, and `facts`).
+
+    Args:
+        dtype: of the file; by default the weights' own.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().contiguous().cpu() for name, p in trained(model).items()}, folder / WEIGHTS)
+    weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in trained(model).items()}
+    save_file(weights, folder / WEIGHTS)
     net = model.connector
     card = {
         "point": model.point,

@@ -13,14 +13,14 @@ from vggrpo.stitch.card import card_text, fidelity_table, held_out_table
 from vggrpo.stitch.draw import draw_all
 from vggrpo.stitch.fidelity import FIRST_SEED
 from vggrpo.stitch.recipe import StitchRecipe
-from vggrpo.stitch.run import EVERY, HELD_OUT, RANKED_ON, sources
+from vggrpo.stitch.run import EVERY, HELD_OUT, KEPT, RANKED_ON, sources
 
 
 def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[str, Any]) -> list[str]:
     """Write the report to `recipe.out` and the model with it to `recipe.asset`. Returns what to tell the user."""
     shipped, folder = made["shipped"], Path(recipe.asset)
     model = shipped["model"]
-    save_latent_model(model, folder, {})
+    save_latent_model(model, folder, {}, KEPT)
     values = found["fidelity"].pop("values")
     card: dict[str, Any] = {
         "what": "normalised latents of the embedded VAE (and intrinsics, if known) to cameras, depth, confidence, "

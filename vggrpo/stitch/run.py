@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLWan
 
 from geometry.backbone import HookedBackbone
+from geometry.distil import trained
 from geometry.latent import LatentGeometryModel, TimeMode
 from geometry.models.tiny import TinyGeometry
 from geometry.stitch import stitch
@@ -35,6 +37,8 @@ EVERY = 2
 """One in so many of them is used: half of each camera motion's, half of those with moving bodies."""
 RANKED_ON = 9_900_000
 """First seed of the clips that layers are ranked on."""
+KEPT = torch.float16
+"""What the asset's weights are kept in, and so what the report is of."""
 BARELY_STEPS, BARELY_CLIPS = 25, 64
 """Of the control's training: a geometry model that has hardly begun, stitched as the real one is."""
 
@@ -157,6 +161,9 @@ def _distilled(recipe: StitchRecipe, chosen: Ranked, steps: int, clips: list[Cli
                 f"held out {training.curve[-1]['total']:.3f}  {left:.0f} min left"
             )
         found |= {"curve": training.curve, "plans": training.plans, "seconds": training.seconds}
+    with torch.no_grad():
+        for weight in trained(model).values():
+            weight.copy_(weight.to(KEPT))
     return found
 
 
