@@ -5,7 +5,7 @@ teacher is the same module with its adapters disabled, and one copy of the weigh
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, runtime_checkable
@@ -167,8 +167,20 @@ def distil(model: LatentGeometryModel, samples: Iterable[Sample], config: Distil
     Raises:
         ValueError: samples that run out, or do not fit the model.
     """
-    optimizer, steps = start(model, config), 0
-    for steps, sample in enumerate(islice(samples, config.steps), start=1):
-        yield distil_step(model, sample, optimizer, steps - 1, config)
-    if steps < config.steps:
-        raise ValueError(f"the samples ran out after {steps} of {config.steps} steps; give as many batches as steps")
+    optimizer = start(model, config)
+    return stepped(samples, config.steps, lambda sample, step: distil_step(model, sample, optimizer, step, config))
+
+
+def stepped(
+    samples: Iterable[Sample], steps: int, take: Callable[[Sample, int], dict[str, float]]
+) -> Iterator[dict[str, float]]:
+    """`take(sample, step)` for so many steps, from 0, one for each record that is taken.
+
+    Raises:
+        ValueError: samples that run out.
+    """
+    step = 0
+    for step, sample in enumerate(islice(samples, steps), start=1):
+        yield take(sample, step - 1)
+    if step < steps:
+        raise ValueError(f"the samples ran out after {step} of {steps} steps; give as many batches as steps")

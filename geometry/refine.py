@@ -6,11 +6,10 @@ that needs no tail, so that thousands of clips cost little; only then is the tai
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
-from geometry.distil import distil_update
+from geometry.distil import distil_update, stepped
 from geometry.latent import LatentGeometryModel
 from geometry.stitch import Sample, tokens
 
@@ -87,8 +86,5 @@ def refine(model: LatentGeometryModel, samples: Iterable[Sample], config: Refine
     Raises:
         ValueError: samples that run out, or do not fit the model.
     """
-    optimizer, steps = start_refine(model, config), 0
-    for steps, sample in enumerate(islice(samples, config.steps), start=1):
-        yield refine_step(model, sample, optimizer, steps - 1, config)
-    if steps < config.steps:
-        raise ValueError(f"the samples ran out after {steps} of {config.steps} steps; give as many batches as steps")
+    optimizer = start_refine(model, config)
+    return stepped(samples, config.steps, lambda sample, step: refine_step(model, sample, optimizer, step, config))

@@ -26,6 +26,8 @@ PLOTTED = (
     "sampson/stride_1", "sampson/stride_4", "jitter", "referee/path_jerk", "referee/reprojection", "travel",
 )  # fmt: skip
 """Judges in the picture, beside the rewards."""
+SMOOTHED = 16
+"""Iterations of training that one point of the picture is the mean of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +130,25 @@ def draw_curve(path: Path, found: dict[int, Comparison], proxy: dict[str, list[t
         color = f"C{number}"
         short = name.removeprefix("reward/")
         if short in proxy:
-            start = proxy[short][0][1]
-            left.plot([x for x, _ in proxy[short]], [y - start for _, y in proxy[short]], color=color, alpha=0.3)
+            steps, means = running(proxy[short])
+            left.plot(steps, [mean - means[0] for mean in means], color=color, alpha=0.4)
         _band(left, found, name, color, short, relative=False)
     for number, name in enumerate(judges):
         _band(right, found, name, f"C{number}", name, relative=True)
-    left.set(title="rewards, less the start (thin: in training)", xlabel="iteration")
+    left.set(title=f"rewards, less the start (pale: in training, mean of {SMOOTHED})", xlabel="iteration")
     right.set(title="judges, % of the start (lower is better; travel: 0 is kept)", xlabel="iteration")
     for axes in (left, right):
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def running(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Means over `SMOOTHED` iterations, each at the middle of its own: a batch is of few prompts, and those differ."""
+    width = min(SMOOTHED, len(points))
+    spans = [points[start : start + width] for start in range(len(points) - width + 1)]
+    return [sum(x for x, _ in span) / width for span in spans], [sum(y for _, y in span) / width for span in spans]
 
 
 def _band(axes: Any, found: dict[int, Comparison], name: str, color: str, label: str, *, relative: bool) -> None:

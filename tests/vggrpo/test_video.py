@@ -17,7 +17,7 @@ from vggrpo import cli
 from vggrpo.build import build, chosen_rewards
 from vggrpo.check import check
 from vggrpo.checkpoint import load_checkpoint
-from vggrpo.curve import checkpoints, parting
+from vggrpo.curve import SMOOTHED, checkpoints, parting, running
 from vggrpo.data import read_prompts, write_video
 from vggrpo.evaluate.compare import Comparison, Paired, Verdict
 from vggrpo.policy.wan import latent_shape, own_shift
@@ -230,6 +230,14 @@ def test_the_checkpoints_of_a_run_are_judged_and_drawn(tuned, tmp_path, capsys):
     row = told["iterations"]["2"]["table"]["reward/motion_smoothness"]
     assert row["difference"] != 0  # the weights were there
     assert (tmp_path / "curve/curve.png").is_file()
+
+
+def test_rewards_in_training_are_drawn_as_running_means():
+    points = [(step, float(step % 2)) for step in range(SMOOTHED + 4)]
+    steps, means = running(points)
+    assert means == [0.5] * 5
+    assert steps == [(SMOOTHED - 1) / 2 + k for k in range(5)]
+    assert running(points[:3]) == ([1.0], [1 / 3])
 
 
 def test_where_reward_and_judges_part_is_one_line():
