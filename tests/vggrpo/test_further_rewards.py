@@ -423,7 +423,7 @@ def test_a_recipe_that_names_code_is_planned_where_that_is_allowed(capsys):
 def test_a_recipe_alone_trains_on_epipolar_lines_and_says_who_is_no_judge_of_it(tmp_path, capsys):
     words = [
         *("video.prompt_cache=null", "video.motion_samples=0", "video.frames=9", "sampling.num_steps=4"),
-        *("sampling.window={size: 1, stop: 1}", "grpo.group_size=3", "grpo.num_iterations=1"),
+        *("sampling.window={size: 1, stop: 1}", "grpo.group_size=6", "grpo.num_iterations=1", "grpo.seed=1"),
     ]
     weights = "grpo.weights={epipolar: 1, camera_motion_floor: 3}"
     assert cli.main(["train", RECIPE, *words, weights, f"out={tmp_path}/run"]) == 0
