@@ -71,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stood_in(args: argparse.Namespace) -> argparse.Namespace:
-    """With stand-ins for the models of the recipe, if they are asked for; what is said on top of it comes last."""
+    """With stand-ins for the models of the recipe, if they are asked for; what else is said on top comes last."""
     if getattr(args, "tiny_random", False):
-        from vggrpo.tiny_random import stand_in
+        from vggrpo.tiny_random import MODELS, stand_in
 
-        args.overrides = [*stand_in(load_recipe(args.recipe, args.overrides), args.recipe), *args.overrides]
+        made = stand_in(load_recipe(args.recipe, args.overrides), args.recipe)
+        args.overrides = [*made, *(word for word in args.overrides if word.partition("=")[0] not in MODELS)]
     return args
 
 

@@ -162,24 +162,28 @@ def _first_frame(shape: Shape) -> list[str]:
 def _model(video: VideoConfig, allow_import: bool) -> Made:
     """A published model that is not here is planned by the numbers that are published."""
     from vggrpo.policy.first_frame import check_words, num_seen
-    from vggrpo.policy.published import find
+    from vggrpo.policy.published import IMAGE_TOKENS, find
     from vggrpo.policy.wan import latent_shape, latents_of
     from vggrpo.policy.wan_folder import read_layout
     from vggrpo.stitch.load import load_lgm
 
     folder, size = Path(video.model), (video.frames, video.height, video.width)
-    published = find(folder)
-    if published is not None and not folder.exists():
-        latent = latents_of(published.vae, video.model, *size, published.transformer["patch_size"])
-        return Made(published.transformer, latent, published.per_token, "not read, for the model is not here, either")
-    layout, path = read_layout(folder), folder / "transformer" / "config.json"
-    latent = latent_shape(folder, *size, layout.patch)
-    if not path.is_file() or not list(path.parent.glob("*.safetensors")):
-        raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
-    seen, _ = 0, layout.told(video.first_frames is not None)
+    published = None if folder.exists() else find(folder)
+    layout = read_layout(folder) if published is None else published.layout
+    layout.told(video.first_frames is not None)
     if layout.sight:
         check_words(video.max_len)
-        seen = num_seen(folder)
+    if published is not None:
+        latent, judge = (
+            latents_of(published.vae, video.model, *size, layout.patch),
+            "not read, for the model is not here",
+        )
+        seen = IMAGE_TOKENS if layout.sight else 0
+        return Made(published.transformer, latent, layout.per_token, f"{judge}, either", layout.boundary, seen)
+    latent, path = latent_shape(folder, *size, layout.patch), folder / "transformer" / "config.json"
+    if not path.is_file() or not list(path.parent.glob("*.safetensors")):
+        raise ValueError(f"{path.parent} has no config.json with weights beside it: it must be in diffusers layout")
+    seen = num_seen(folder) if layout.sight else 0
     lgm = load_lgm(video.lgm, video.geometry, folder / "vae", allow_import)
     judge = f"{sum(p.numel() for p in lgm.parameters()):,} parameters"
     return Made(json.loads(path.read_text()), latent, layout.per_token, judge, layout.boundary, seen)

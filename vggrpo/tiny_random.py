@@ -2,7 +2,8 @@
 
 The stand-ins have random weights and are written to disk as the hub's folders are, and read from there like them:
 
-    runs/tiny-random/NAME/wan         transformer, VAE (16 channels and 8 x 8, or 48 and 16 x 16), UMT5, tokenizer
+    runs/tiny-random/NAME/wan         transformer, or two; VAE (16 channels and 8 x 8, or 48 and 16 x 16), UMT5,
+                                      tokenizer, and CLIP where it is read
     runs/tiny-random/NAME/geometry    a geometry model
     runs/tiny-random/NAME/lgm         a latent geometry model: a connector for that VAE, and the tail of that
 
@@ -19,9 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import nn
-from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerBase,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from geometry.backbone import HookedBackbone
 from geometry.latent import Connector, LatentGeometryModel, LatentSpec
@@ -33,18 +47,25 @@ from vggrpo.bootstrap.geometry_publish import WEIGHTS as MODEL
 from vggrpo.bootstrap.text import build_tokenizer
 from vggrpo.config import Recipe
 from vggrpo.data import read_prompts
+from vggrpo.policy.first_frame import WORDS
 from vggrpo.policy.published import PUBLISHED, Published, find
 from vggrpo.sample import SampleConfig
 
 FOLDER = Path("runs/tiny-random")
 TOKENS = 16
-"""Of a prompt."""
+"""Of a prompt; beside what CLIP sees, `WORDS`."""
 TEXT = 12
 """Width of the text encoder."""
+SIGHT, PIXELS = 16, 28
+"""Width of what CLIP sees, and of its picture: four patches."""
 GEOMETRY = TinyConfig(dim=48, pairs=(1, 1), registers=1)
-SIZE = {"frames": 9, "height": 32, "width": 64, "max_len": TOKENS}
+SIZE = {"frames": 9, "height": 32, "width": 64}
 SMALL = {"num_iterations": 2, "num_prompts": 2, "group_size": 4}
 """Upper limits of what a recipe asks for, as `SIZE` is of its videos."""
+
+
+MODELS = ("video.model", "video.geometry", "video.lgm")
+"""Keys of a recipe that what stands in is named by, whatever else they are said to be."""
 
 
 def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
@@ -59,7 +80,8 @@ def stand_in(recipe: Recipe, path: str | Path) -> list[str]:
     video = recipe.video
     if video is None:
         raise ValueError(_no_stand_in("no video model"))
-    made = _models(video.model, video.prompts) | _limited(video, SIZE | {"motion_samples": 1})
+    size = _size(video.model) | {"motion_samples": 1}
+    made = _models(video.model, video.prompts) | _limited(video, size)
     return [
         f"out={FOLDER / Path(path).stem}",
         *(f"video.{key}={value}" for key, value in made.items()),
@@ -73,7 +95,7 @@ def stand_in_samples(cfg: SampleConfig) -> SampleConfig:
     Raises:
         ValueError: a model that is not published under the name of its folder; no prompts.
     """
-    return replace(cfg, **_models(cfg.model, cfg.prompts), **_limited(cfg, SIZE))
+    return replace(cfg, **_models(cfg.model, cfg.prompts), **_limited(cfg, _size(cfg.model)))
 
 
 def narrow_transformer(channels: int = 16, **others: Any) -> WanTransformer3DModel:
@@ -98,6 +120,16 @@ def narrow_wide_vae() -> AutoencoderKLWan:
         in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
         latents_mean=(0.1 * torch.randn(48)).tolist(), latents_std=(1 + torch.rand(48)).tolist(),
     )  # fmt: skip
+
+
+def narrow_sight() -> dict[str, Any]:
+    """CLIP's image tower and what makes its input, by their names in a pipeline."""
+    config = CLIPVisionConfig(
+        hidden_size=SIGHT, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=PIXELS,
+        patch_size=14,
+    )  # fmt: skip
+    processor = CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
+    return {"image_encoder": CLIPVisionModel(config), "image_processor": processor}
 
 
 def save_pipeline(
@@ -141,15 +173,21 @@ def _build(folder: Path, published: Published, prompts: Sequence[str]) -> None:
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     torch.manual_seed(0)
-    wide = published.vae.get("is_residual", False)
+    wide, layout = published.vae.get("is_residual", False), published.layout
+    channels = {name: published.transformer[name] for name in ("in_channels", "out_channels")}
+    image = {"image_dim": SIGHT, "added_kv_proj_dim": 24} if layout.sight else {}
+    parts: dict[str, Any] = {"transformer": narrow_transformer(**channels, **image)}
+    if layout.boundary is not None:
+        parts |= {"transformer_2": narrow_transformer(**channels, **image), "boundary_ratio": layout.boundary}
     save_pipeline(
         part / "wan",
-        WanPipeline,
-        build_tokenizer([*prompts, ""], TOKENS),
+        WanImageToVideoPipeline if layout.way == "channels" else WanPipeline,
+        build_tokenizer([*prompts, ""], _words(published)),
         published.shift,
-        transformer=narrow_transformer(published.vae["z_dim"]),
         vae=narrow_wide_vae() if wide else narrow_vae(),
-        expand_timesteps=published.per_token,
+        expand_timesteps=layout.per_token,
+        **parts,
+        **(narrow_sight() if layout.sight else {}),
     )
     save_lgm(part, part / "wan/vae")
     try:
@@ -160,13 +198,27 @@ def _build(folder: Path, published: Published, prompts: Sequence[str]) -> None:
 
 def _models(model: str, prompts: str) -> dict[str, Any]:
     """Where the stand-ins are, by the fields that name models."""
-    published = find(model)
-    if published is None:
-        raise ValueError(_no_stand_in(model))
+    published = _published(model)
     folder = FOLDER / Path(model).name
     if not folder.is_dir():
         _build(folder, published, read_prompts(prompts))
     return {"model": str(folder / "wan"), "geometry": str(folder / "geometry"), "lgm": str(folder / "lgm")}
+
+
+def _published(model: str) -> Published:
+    found = find(model)
+    if found is None:
+        raise ValueError(_no_stand_in(model))
+    return found
+
+
+def _words(published: Published) -> int:
+    return WORDS if published.sight else TOKENS
+
+
+def _size(model: str) -> dict[str, int]:
+    """Upper limits of a stand-in's videos and prompts."""
+    return SIZE | {"max_len": _words(_published(model))}
 
 
 def _no_stand_in(model: str) -> str:

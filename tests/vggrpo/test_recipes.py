@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from vggrpo import cli, tiny_random
 from vggrpo.checkpoint import load_checkpoint
+from vggrpo.data import read_prompts
 from vggrpo.launch import command, configuration, num_processes
 from vggrpo.policy.published import PUBLISHED, find
 from vggrpo.policy.wan import WanVelocity, latent_shape, latents_of
@@ -119,35 +121,97 @@ def sampled(tmp_path: Path, *flags: str, **told: object) -> torch.Tensor:
     return load_file(tmp_path / "samples/000.safetensors")["z0"]
 
 
-def test_samples_of_a_published_model_that_is_not_here_are_made_by_stand_ins(tmp_path):
-    z0 = sampled(tmp_path, "--tiny-random", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=81, height=480, width=832)
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B-Diffusers", "Wan2.2-T2V-A14B-Diffusers"])
+def test_samples_of_a_published_model_that_is_not_here_are_made_by_stand_ins(name, tmp_path):
+    z0 = sampled(tmp_path, "--tiny-random", model=f"Wan-AI/{name}", frames=81, height=480, width=832)
     assert z0.shape == (16, 3, 4, 8)
     assert z0.isfinite().all()
 
 
+KNOWN = {
+    "Wan2.1-T2V-1.3B-Diffusers": 1.42, "Wan2.1-T2V-14B-Diffusers": 14.29, "Wan2.1-I2V-14B-480P-Diffusers": 16.39,
+    "Wan2.1-I2V-14B-720P-Diffusers": 16.39, "Wan2.2-TI2V-5B-Diffusers": 5.00, "Wan2.2-T2V-A14B-Diffusers": 14.29,
+    "Wan2.2-I2V-A14B-Diffusers": 14.29,
+}  # fmt: skip
+"""Billions of parameters of a transformer, as the hub counts them."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A first frame for each of the fast recipe's prompts."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for n in range(len(read_prompts(str(ROOT / load_recipe(ROOT / FAST).video.prompts)))):
+        Image.new("RGB", (128, 64), (8 * n % 256, 100, 200)).save(folder / f"{n:03d}.png")
+    return folder
+
+
+def asking(name: str, pictures: Path) -> list[str]:
+    """What a recipe says of a model of this name: what it cannot go without."""
+    layout = PUBLISHED[name].layout
+    given = [f"video.first_frames={pictures}", "video.motion_samples=0"] if layout.way == "channels" else []
+    sides = ["video.lora_on=both"] if layout.boundary is not None else []
+    return [f"video.model=somewhere/{name}", *given, *sides]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_stand_in_has_the_layout_of_what_it_stands_for(name, tmp_path, capsys):
+def test_a_stand_in_has_the_layout_of_what_it_stands_for(name, pictures):
     published = PUBLISHED[name]
-    model = f"video.model=somewhere/{name}"
-    recipe = load_recipe(FAST, [model])
+    recipe = load_recipe(FAST, asking(name, pictures))
     settings = dict(word.split("=", 1) for word in tiny_random.stand_in(recipe, FAST))
     folder = Path(settings["video.model"])
-    layout = read_layout(folder)
-    assert (layout.per_token, layout.boundary) == (published.per_token, None)
+    assert read_layout(folder) == published.layout
     size = (9, 32, 64)
     assert latent_shape(folder, *size) == latents_of(published.vae, name, *size)
     built = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert tiny_random.stand_in(recipe, FAST) == [f"{key}={value}" for key, value in settings.items()]
     assert {path: path.stat().st_mtime_ns for path in built} == built  # it is built once
-    with torch.device("meta"):
-        from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_plan_counts_the_parameters_of_a_published_model_that_is_not_here(name, pictures, capsys):
+    published = PUBLISHED[name]
+    with torch.device("meta"):
         whole = WanTransformer3DModel(**published.transformer)
         AutoencoderKLWan(
             **published.vae, latents_mean=[0.0] * published.vae["z_dim"], latents_std=[1.0] * published.vae["z_dim"]
         )
-    assert cli.main(["plan", FAST, "--no-step", "--rate", "100", model]) == 0
-    assert f"{sum(p.numel() for p in whole.parameters()):,} parameters" in capsys.readouterr().out
+    number = sum(p.numel() for p in whole.parameters())
+    assert round(number / 1e9, 2) == KNOWN[name]
+    assert cli.main(["plan", FAST, "--no-step", "--rate", "400", *asking(name, pictures)]) == 0
+    said = capsys.readouterr().out
+    two = published.boundary is not None
+    assert f": {'2 x ' if two else ''}{number:,} parameters" in said
+    assert (f"ask the one from {published.boundary or 0:g} on" in said) == two
+    assert ("257 tokens of what CLIP sees" in said) == published.sight
+    frame = 20 * 21 * 60 * 104  # a mask of 4 channels, and 16 of latents
+    assert (f"first frame  {frame:,} numbers" in said) == published.channels
+
+
+def test_a_plan_of_a_published_model_refuses_what_its_folder_would(pictures, capsys):
+    for name, left_out, message in (
+        (
+            "Wan2.1-I2V-14B-480P-Diffusers",
+            "video.first_frames",
+            "makes videos of a first frame: set video.first_frames",
+        ),
+        ("Wan2.2-T2V-A14B-Diffusers", "video.lora_on", "of the boundary 0.875: set video.lora_on=both"),
+    ):
+        words = [word for word in asking(name, pictures) if not word.startswith(left_out)]
+        assert cli.main(["plan", FAST, "--no-step", "--rate", "400", *words]) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert message in said
+
+
+@pytest.mark.parametrize(
+    "name", ["Wan2.1-I2V-14B-480P-Diffusers", "Wan2.2-T2V-A14B-Diffusers", "Wan2.2-I2V-A14B-Diffusers"]
+)
+def test_a_plan_makes_a_step_with_stand_ins_of_first_frames_and_of_two_transformers(name, pictures, capsys, tmp_path):
+    more = ["video.motion_samples=0", f"video.prompt_cache={tmp_path}"]
+    assert cli.main(["plan", FAST, "--tiny-random", *asking(name, pictures), *more]) == 0
+    said = capsys.readouterr().out
+    assert "9x32x64, latents 16x3x4x8: 24 tokens" in said
+    assert re.search(r"measured +ratio error, step 1 +0.0e\+00", said)
+    assert "PROBLEM" not in said
 
 
 def test_what_has_no_stand_in_is_refused_in_one_line(capsys, tmp_path):

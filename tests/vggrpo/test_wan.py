@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoTokenizer
 
 from vggrpo.build import Parts, build
 from vggrpo.config import LoraSize, SamplingConfig
@@ -27,10 +27,10 @@ from vggrpo.policy.wan_folder import Layout, adapt, load_velocity, read_layout
 from vggrpo.recipe import load_recipe
 from vggrpo.sampler import Window, draw, normal
 from vggrpo.sft import load_transformer
+from vggrpo.tiny_random import narrow_sight, save_pipeline
 from vggrpo.tiny_random import narrow_transformer as transformer
 from vggrpo.tiny_random import narrow_vae as vae
 from vggrpo.tiny_random import narrow_wide_vae as wide_vae
-from vggrpo.tiny_random import save_pipeline
 from vggrpo.types import Condition, Streams
 
 SIZE = {"num_frames": 5, "height": 32, "width": 64}
@@ -198,12 +198,7 @@ def save_i2v(folder: Path, clip: bool = True) -> Path:
     parts = {"vae": vae()}
     image = {}
     if clip:
-        config = CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-            patch_size=14,
-        )  # fmt: skip
-        parts["image_encoder"] = CLIPVisionModel(config)
-        parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        parts |= narrow_sight()
         image = {"image_dim": 16, "added_kv_proj_dim": 24}
     parts["transformer"] = transformer(36, out_channels=16, **image)
     return saved(folder, WanImageToVideoPipeline, **parts)

@@ -70,7 +70,7 @@ def read_layout(folder: Path) -> Layout:
     transformer, vae = (_read(folder / part / "config.json") for part in ("transformer", "vae"))
     given, latent = transformer["in_channels"], vae["z_dim"]
     per_token = bool(index.get("expand_timesteps"))
-    made, channels = transformer.get("out_channels") or given, 4 + 2 * latent
+    made, channels = transformer.get("out_channels") or given, told_channels(latent)
     if made != latent or given not in (latent, channels):
         raise ValueError(
             f"{folder}: the VAE has latents of {latent} channels, the transformer takes {given} and gives {made}: it "
@@ -85,6 +85,11 @@ def read_layout(folder: Path) -> Layout:
     way: Way | None = "channels" if given == channels else "kept" if per_token else None
     time, down, across = transformer["patch_size"]
     return Layout(per_token, boundary, way, transformer.get("image_dim") is not None, (time, down, across))
+
+
+def told_channels(latent: int) -> int:
+    """Channels of the input where a first frame has some: latents, the frame's, and a mask of 4 frames."""
+    return 4 + 2 * latent
 
 
 def load_velocity(folder: Path, dtype: torch.dtype = torch.float32) -> WanVelocity:
