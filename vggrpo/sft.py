@@ -46,15 +46,18 @@ def new_transformer(size: WanSize, channels: int, text_dim: int) -> WanTransform
     )
 
 
-def load_transformer(folder: Path, part: str = "transformer") -> WanTransformer3DModel:
-    """A transformer of a Wan folder, in fp32; by default the first, where there are two.
+def load_transformer(
+    folder: Path, part: str = "transformer", dtype: torch.dtype = torch.float32
+) -> WanTransformer3DModel:
+    """A transformer of a Wan folder; by default the first, where there are two. In bf16, embeddings of time, norms and
+    modulation stay in fp32 (`wan_folder.load_velocity`).
 
     Raises:
         ValueError: the folder has none.
     """
     if not (folder / part).is_dir():
         raise ValueError(f"{folder} has no {part}/: give `new` a size to train one from nothing")
-    return WanTransformer3DModel.from_pretrained(folder / part, local_files_only=True, torch_dtype=torch.float32)
+    return WanTransformer3DModel.from_pretrained(folder / part, local_files_only=True, torch_dtype=dtype)
 
 
 def finetune(recipe: SftRecipe, say: Callable[[str], None]) -> Finetuning:
@@ -89,7 +92,8 @@ def start_sft(recipe: SftRecipe, data: Encoded, role: Role = ALONE) -> Finetunin
     """
     torch.manual_seed(recipe.seed)
     if recipe.new is None:
-        transformer = load_transformer(Path(recipe.model), role.part)
+        frozen = recipe.bf16 and recipe.lora is not None  # what is trained is fp32 in any case
+        transformer = load_transformer(Path(recipe.model), role.part, torch.bfloat16 if frozen else torch.float32)
     else:
         transformer = new_transformer(recipe.new, data.z0.shape[1], data.text.shape[-1])
     if recipe.lora is not None:

@@ -76,7 +76,7 @@ class SftRecipe:
     max_grad_norm: float = 1.0
     """Longer gradients are shortened to it."""
     bf16: bool = False
-    """bfloat16 autocast of the transformer."""
+    """bfloat16 autocast of the transformer; beside a LoRA its weights, which are frozen, are held in bfloat16, too."""
     gradient_checkpointing: bool = False
     """Recompute the network in the backward pass: less memory, more time."""
     device: str = "cpu"

@@ -298,6 +298,32 @@ def test_lora_starts_at_the_model_trains_little_and_loads_at_its_scale(recipe, d
     assert torch.allclose(loaded, tuned, atol=1e-5)
 
 
+def test_weights_that_are_frozen_are_held_in_bf16_and_what_is_trained_in_fp32(recipe, data, folder, tmp_path):
+    data = replace(data, z0=data.z0.repeat(1, 4, 1, 1, 1))
+    whole = replace(recipe, model=str(folder), new=None, num_steps=20, checkpoint_every=20)
+    lora = replace(whole, lora=LoraSize(rank=4, alpha=8), lr=2e-2)
+
+    def run(name, recipe):
+        return trained(replace(recipe, out=str(tmp_path / name)), data)
+
+    full, losses = run("full", lora)
+    half, found = run("half", replace(lora, bf16=True))
+    keeps = half.network._keep_in_fp32_modules
+    for name, weight in half.network.named_parameters():
+        held = weight.requires_grad or any(part in name for part in keeps)
+        assert weight.dtype == (torch.float32 if held else torch.bfloat16), name
+        assert weight.requires_grad == ("lora_" in name)
+    moments = [x for state in half.optimizer.state.values() for x in state.values()]
+    assert {x.dtype for x in (*moments, *half.average.values())} == {torch.float32}
+    assert found == pytest.approx(losses, rel=5e-3)
+    assert found != losses
+    _, slower = run("slower", replace(lora, bf16=True, lr=1e-2))
+    assert slower != pytest.approx(losses, rel=5e-3), "the control: what is learnt can be told apart"
+    assert {weight.dtype for weight in full.network.parameters()} == {torch.float32}
+    start = start_sft(replace(whole, bf16=True, out=str(tmp_path / "whole")), data)
+    assert {weight.dtype for weight in start.network.parameters()} == {torch.float32}, "all are trained"
+
+
 def test_recomputing_in_the_backward_pass_changes_nothing(recipe, data, tmp_path):
     _, losses = trained(recipe, data)
     _, again = trained(replace(recipe, out=str(tmp_path / "again"), gradient_checkpointing=True), data)
