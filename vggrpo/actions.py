@@ -116,7 +116,8 @@ def sample(argv: Sequence[str]) -> int:
     from vggrpo.bootstrap.progress import Progress
     from vggrpo.bootstrap.vae import decode, denormalise
     from vggrpo.data import read_prompts
-    from vggrpo.sample import SampleConfig, load_models, record, sample_videos, save_sampled
+    from vggrpo.sample import load_models, record, sample_videos, save_sampled
+    from vggrpo.sample_config import SampleConfig
 
     cfg = tyro.cli(SampleConfig, args=list(argv), prog="vggrpo sample", description=sample.__doc__)
     if cfg.tiny_random:

@@ -29,7 +29,8 @@ from vggrpo.evaluate.report import HEADLINE, Shown, markdown, scatter, write_rep
 from vggrpo.evaluate.value import Value
 from vggrpo.policy.wan import latent_shape
 from vggrpo.policy.wan_folder import read_layout
-from vggrpo.sample import Drawing, Models, SampleConfig, load_models, sample_videos
+from vggrpo.sample import Models, load_models, sample_videos
+from vggrpo.sample_config import Drawing, SampleConfig
 
 SHOWN = 6
 """Prompts in the report's pictures."""

@@ -49,7 +49,7 @@ from vggrpo.config import Recipe
 from vggrpo.data import read_prompts
 from vggrpo.policy.first_frame import WORDS
 from vggrpo.policy.published import PUBLISHED, Published, find
-from vggrpo.sample import SampleConfig
+from vggrpo.sample_config import SampleConfig
 
 FOLDER = Path("runs/tiny-random")
 TOKENS = 16

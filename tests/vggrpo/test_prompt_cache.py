@@ -13,7 +13,8 @@ from vggrpo.policy import prompt_cache
 from vggrpo.policy.encoders import load_encoders
 from vggrpo.policy.prompt_cache import prompt_encoder
 from vggrpo.recipe import load_recipe
-from vggrpo.sample import SampleConfig, load_models
+from vggrpo.sample import load_models
+from vggrpo.sample_config import SampleConfig
 from vggrpo.types import Condition
 
 PROMPTS = ["the camera pans right", "a red cube on a checkered ground under the sky", ""]

@@ -28,7 +28,8 @@ from vggrpo.policy.wan import WanVelocity
 from vggrpo.policy.wan_folder import adapt, load_loras, load_velocity, save_loras
 from vggrpo.recipe import load_recipe
 from vggrpo.runtime import Run
-from vggrpo.sample import SampleConfig, load_models, sample_videos
+from vggrpo.sample import load_models, sample_videos
+from vggrpo.sample_config import SampleConfig
 from vggrpo.sampler import Window, normal
 from vggrpo.stitch.clips import check_generator
 from vggrpo.stitch.load import read_latent_spec

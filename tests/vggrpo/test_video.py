@@ -22,7 +22,8 @@ from vggrpo.data import read_prompts, write_video
 from vggrpo.evaluate.compare import Comparison, Paired, Verdict
 from vggrpo.policy.wan import latent_shape, own_shift
 from vggrpo.recipe import load_recipe
-from vggrpo.sample import SampleConfig, best, load_models, sample_videos
+from vggrpo.sample import best, load_models, sample_videos
+from vggrpo.sample_config import SampleConfig
 from vggrpo.score import score
 from vggrpo.signals import Interrupted, Signals
 from vggrpo.stitch import fidelity
