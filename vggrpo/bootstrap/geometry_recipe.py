@@ -32,6 +32,8 @@ class GeometryRecipe:
     """Markdown that ends the model's card: what people have found out that no command measures."""
     start: str | None = None
     """Folder of a geometry model to start from; what its file lacks, and without one everything, starts untrained."""
+    frozen: list[str] = field(default_factory=list)
+    """Parts that keep the weights that they start with, as `encoder`: what is stitched to its tokens stays true."""
     seed: int = 0
     """Of every random stream."""
     model: TinyConfig = field(default_factory=TinyConfig)

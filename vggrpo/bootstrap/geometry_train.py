@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from geometry.backbone import HookedBackbone
 from geometry.models.tiny import TinyGeometry, call, parse, spec
@@ -75,9 +75,13 @@ def start_run(recipe: GeometryRecipe) -> Training[TinyGeometry]:
     network = TinyGeometry(recipe.model)
     if recipe.start is not None:
         take_weights(network, Path(recipe.start))
+    freeze(network, recipe.frozen)
     network.to(recipe.device)
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        [weight for weight in network.parameters() if weight.requires_grad],
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+        weight_decay=recipe.weight_decay,
     )
     run = Training(network, optimizer)
     load_training(checkpoint_of(recipe), run, asdict(recipe), MAY_CHANGE)
@@ -96,6 +100,19 @@ def take_weights(network: TinyGeometry, folder: Path) -> None:
         if name not in own or own[name].shape != weight.shape:
             raise ValueError(f"{folder} has another architecture ({name}): give `model` its config.json's numbers")
     network.load_state_dict(weights, strict=False)
+
+
+def freeze(network: nn.Module, names: list[str]) -> None:
+    """Take modules out of training.
+
+    Raises:
+        ValueError: the network has no module of that name.
+    """
+    known = dict(network.named_children())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"nothing to freeze at {name}: the network has {', '.join(known)}")
+        known[name].requires_grad_(False)
 
 
 def checkpoint_of(recipe: GeometryRecipe) -> Path:
