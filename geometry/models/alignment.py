@@ -50,7 +50,7 @@ def align(
     flow = first.new_zeros(len(first), 2, height, width)
     for level, (steps, windows) in enumerate(zip(STEPS, WINDOWS, strict=True)):
         cells = min(2**level, patch)
-        here, there = template(_shrunk(first, patch, cells), cells), _shrunk(second, patch, cells)
+        here, there = template(shrunk(first, patch, cells), cells), shrunk(second, patch, cells)
         for _ in range(steps):
             pooled = equations(here, there, flow * (cells / patch))
             own, pooled = pooled[:, :3], averaged(pooled, windows)
@@ -95,7 +95,7 @@ def warp(x: Float[Tensor, "P C H W"], flow: Float[Tensor, "P 2 h w"]) -> tuple[T
     return F.grid_sample(x, at, mode="bilinear", padding_mode="border", align_corners=False), inside
 
 
-def _shrunk(x: Float[Tensor, "P C H W"], patch: int, cells: int) -> Float[Tensor, "P C _ _"]:
+def shrunk(x: Float[Tensor, "P C H W"], patch: int, cells: int) -> Float[Tensor, "P C _ _"]:
     """Means, `cells` of them per `patch` pixels along each side."""
     if patch % cells:
         return F.adaptive_avg_pool2d(x, (x.shape[-2] // patch * cells, x.shape[-1] // patch * cells))

@@ -21,6 +21,8 @@ class Prediction(NamedTuple):
     intrinsics: Float[Tensor, "B T 3 3"]
     log_focal: Float[Tensor, " B"]
     """Estimated: log of focal / width, also where intrinsics were given."""
+    guess: Float[Tensor, "B T H W"]
+    """Log-depth before parallax was looked at."""
     log_depth: Float[Tensor, "B T H W"]
     confidence: Float[Tensor, "B T H W"]
     """Logit that the depth is within a factor 1.1."""

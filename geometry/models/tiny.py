@@ -6,12 +6,14 @@
           -> Gauss-Newton on neighbours (solver.py)                         camera motion
           -> what the motion says of each token (depth, parallax, residual) -> frame / global blocks -> dense heads
           -> Gauss-Newton on the whole clip (path.py), on the final depth and weights   cameras
+          -> if so configured, bundle adjustment on the features (adjustment.py)        cameras and depth
 
 Everything after the encoder sees tokens only, so a latent that is stitched into it drives all of the rest. Depth is in
 units of about the clip's median depth; intrinsics may be given, else a focal length is estimated.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from geometry.backbone import BackboneSpec
 from geometry.cameras import relative, unproject
+from geometry.models.adjustment import adjust
 from geometry.models.attention import Alternating
 from geometry.models.correlation import SPANS, Correlation
 from geometry.models.cues import (
@@ -34,7 +37,7 @@ from geometry.models.cues import (
 from geometry.models.dense import DenseHead
 from geometry.models.grid import even, whole_grid
 from geometry.models.prediction import Prediction
-from geometry.models.sightings import TRUST, clip_cameras, pair_cameras
+from geometry.models.sightings import TRUST, clip_cameras, edges, pair_cameras
 from geometry.models.solver import chain
 from geometry.types import Geometry
 
@@ -59,6 +62,8 @@ class TinyConfig:
     """Register tokens of the frame and global blocks."""
     features: int = 8
     """Channels per pixel that correspondence is found with."""
+    adjust: bool = False
+    """Whether cameras and depth are adjusted on the features at the end (`adjustment.py`)."""
 
 
 NUM_PREFIX = 5
@@ -103,6 +108,7 @@ class TinyGeometry(nn.Module):
         self.dense = DenseHead(dim // 2 + width + MOTION_CUES + SOLVED_CUES, config.patch, config.features)
         self.fine = nn.Linear(dim, 4 * 2)
         self.apart = nn.Parameter(torch.zeros(len(SPANS)))
+        self.trust: nn.Parameter | None = nn.Parameter(torch.zeros(())) if config.adjust else None
         self._start()
 
     def _start(self) -> None:
@@ -180,18 +186,25 @@ class TinyGeometry(nn.Module):
         wide = whole_grid(self.expand(x), size, (h, w))
         stack = torch.cat([wide.flatten(0, 1), image, found[:, :, :SOLVED_CUES].flatten(0, 1)], dim=1)
         maps = self.dense(stack, pair.features.flatten(0, 1)).unflatten(0, (B, T))
-        rough = F.interpolate(log_depth.detach(), scale_factor=float(patch), mode="bilinear", align_corners=False)
-        final = rough + maps[:, :, 0]
+        whole = partial(F.interpolate, scale_factor=float(patch), mode="bilinear", align_corners=False)
+        final = whole(log_depth.detach()) + maps[:, :, 0]
         still = F.logsigmoid(-F.avg_pool2d(maps[:, :, 2], patch))[:, :, None] / TRUST
         weight = weight + torch.stack(_ends(whole_grid(self.fine(x), size, (h, w)) + still), dim=2)
-        pooled = F.avg_pool2d(final, patch)
-        c2w = clip_cameras(pair, pooled, weight, self.apart, intrinsics, chain(coarse))
+        guess, pooled = final, F.avg_pool2d(final, patch)
+        seen = edges(pair, weight, self.apart)
+        if self.trust is None:
+            c2w = clip_cameras(seen, pooled, intrinsics, patch, chain(coarse))
+        else:
+            with torch.no_grad():
+                start = clip_cameras(seen, pooled, intrinsics, patch, chain(coarse))
+            c2w, depth = adjust(pair.features, seen, pooled, intrinsics, start, self.trust)
+            final, pooled = final + whole(depth - pooled), depth
         across = sideways(pair, relative(c2w), pooled, intrinsics, patch).detach().clamp(-0.5, 0.5)
-        across = F.interpolate(across.flatten(0, 1), size=final.shape[2:], mode="bilinear").unflatten(0, (B, T))
+        across = whole(across.flatten(0, 1)).unflatten(0, (B, T))
         motion = (across + 0.1 * maps[:, :, 3:6] * torch.exp(final.detach())[:, :, None]).movedim(2, -1)
         return Prediction(
             pair, log_depth, moving, coarse, relative(c2w), c2w, intrinsics, log_focal,
-            final, maps[:, :, 1], maps[:, :, 2], motion,
+            guess, final, maps[:, :, 1], maps[:, :, 2], motion,
         )  # fmt: skip
 
 

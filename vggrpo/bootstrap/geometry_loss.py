@@ -66,7 +66,9 @@ def moved(wanted: Truth, span: int) -> tuple[Float[Tensor, "B n H W 2"], Float[T
 
 
 def losses(found: Prediction, wanted: Truth, *, focal_given: bool) -> dict[str, Tensor]:
-    """Each term by name; their sum is trained. Poses twice: on the coarse depth and on the final one."""
+    """Each term by name; their sum is trained. Poses twice, on the coarse depth and the final one; depth thrice, before
+    and after parallax was looked at, too.
+    """
     pair, patch = found.correspondence, wanted.log_depth.shape[-1] // found.coarse_log_depth.shape[-1]
     off = (pair.flow - wanted.flow).abs().sum(-1)
     spread = pair.spread.clamp(-4, 3)
@@ -81,7 +83,8 @@ def losses(found: Prediction, wanted: Truth, *, focal_given: bool) -> dict[str, 
         "pose": pose_loss(found.relative, wanted.relative),
         "path": 2 * _distance(found.c2w, wanted.c2w),
         "coarse depth": 0.8 * (F.avg_pool2d(heed, patch) * (found.coarse_log_depth - coarse).abs()).mean(),
-        "depth": 1.5 * (heed * error).mean(),
+        "guess": 0.75 * (heed * (found.guess - wanted.log_depth).abs()).mean(),
+        "depth": 0.75 * (heed * error).mean(),
         "edges": 0.5 * _slope(found.log_depth - wanted.log_depth, wanted.valid),
         "confidence": 0.05 * F.binary_cross_entropy_with_logits(found.confidence, close),
         "dynamic": 0.3

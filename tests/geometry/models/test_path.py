@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from geometry.cameras import inverse, pixel_grid, project, relative, rigid, so3_exp, so3_log
 from geometry.models.correlation import SPANS, Correspondence, Spans
 from geometry.models.path import Sightings, solve_path
-from geometry.models.sightings import clip_cameras
+from geometry.models.sightings import clip_cameras, edges
 from geometry.world import make_clips
 from vggrpo.bootstrap.lesson import lesson
 
@@ -152,10 +152,11 @@ def test_true_displacements_and_depth_give_the_worlds_cameras(frames):
     log_depth = F.avg_pool2d(world.depth, 4).log()
     weight = torch.zeros(3, frames - 1, 2, 12, 16)
     start = torch.eye(4).expand(3, frames, 4, 4)
-    found = clip_cameras(pair, log_depth, weight, torch.zeros(len(SPANS)), world.intrinsics, start)
+    apart = torch.zeros(len(SPANS))
+    found = clip_cameras(edges(pair, weight, apart), log_depth, world.intrinsics, 4, start)
     assert degrees(found, world.c2w).max() < 0.1
     torch.testing.assert_close(found[..., :3, 3], world.c2w[..., :3, 3], atol=0.02, rtol=0)
     if frames == 5:  # the control: the same displacements along other edges
         wrong = pair._replace(spans=spans._replace(flow=spans.flow.flip(1)))
-        astray = clip_cameras(wrong, log_depth, weight, torch.zeros(len(SPANS)), world.intrinsics, start)
+        astray = clip_cameras(edges(wrong, weight, apart), log_depth, world.intrinsics, 4, start)
         assert degrees(astray, world.c2w).max() > 0.1

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from vggrpo.bootstrap.lesson import lesson
 CONFIG = TinyConfig()
 
 
-@pytest.fixture(scope="module")
-def backbone() -> HookedBackbone:
+@pytest.fixture(scope="module", params=[False, True], ids=["displacements", "adjusted"])
+def backbone(request) -> HookedBackbone:
     torch.manual_seed(0)
-    network = TinyGeometry(CONFIG)
+    network = TinyGeometry(replace(CONFIG, adjust=request.param))
     for name, weight in network.named_parameters():
         if weight.ndim > 1 and weight.abs().max() == 0:  # what starts at zero would hide what it multiplies
             torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
@@ -99,6 +100,22 @@ def test_given_intrinsics_are_used_and_given_back(backbone):
 def test_a_side_that_the_patch_does_not_divide_is_refused(backbone):
     with pytest.raises(ValueError, match="multiples of 4, got 63 x 64"):
         backbone.module(torch.rand(1, 2, 3, 63, 64))
+
+
+def test_only_what_is_configured_adjusts():
+    """One weight more, and otherwise the same network, whose cameras start where the other's end."""
+    clip = make_clips([3], frames=5, supersample=1)
+    torch.manual_seed(0)
+    plain = TinyGeometry(CONFIG)
+    adjusted = TinyGeometry(replace(CONFIG, adjust=True))
+    missing = adjusted.load_state_dict(plain.state_dict(), strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == (["trust"], [])
+    with torch.no_grad():
+        found = [network(clip.video, clip.geometry.intrinsics) for network in (plain, adjusted)]
+    assert torch.equal(found[0].guess, found[0].log_depth)
+    assert torch.equal(found[0].guess, found[1].guess)
+    assert not torch.equal(found[1].guess, found[1].log_depth)
+    assert not torch.equal(found[0].c2w, found[1].c2w)
 
 
 def test_untrained_it_follows_the_world_already():

@@ -148,6 +148,19 @@ def test_a_resumed_run_is_the_same_run(lessons, tmp_path):
         start_run(replace(recipe, lr=0.5))
 
 
+def test_what_is_frozen_stays_and_all_else_learns(lessons, tmp_path):
+    recipe = replace(RECIPE, out=str(tmp_path), frozen=["encoder"], model=replace(SMALL, adjust=True))
+    run = start_run(recipe)
+    before = {name: weight.clone() for name, weight in run.network.state_dict().items()}
+    for _ in range(2):
+        train_step(run, recipe, lessons)
+    changed = {name for name, weight in run.network.state_dict().items() if not torch.equal(weight, before[name])}
+    assert not any(name.startswith("encoder.") for name in changed)
+    assert {"trust", "correlation.to_pixels.weight"} <= changed
+    with pytest.raises(ValueError, match="nothing to freeze at encodr"):
+        start_run(replace(recipe, frozen=["encodr"]))
+
+
 def test_a_batch_can_be_learnt_by_heart(lessons, tmp_path):
     """Step 0 over and over: the same windows, colours and noise."""
     recipe = replace(RECIPE, lr=5e-4, out=str(tmp_path))
