@@ -228,7 +228,7 @@ def test_gradients_of_a_batch_are_those_of_its_clips_together(stack, stitched):
             pair_train.distil_backward(model, batch, config, share)
         found.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
     scale = found[0].abs().max()
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=float(1e-5 * scale))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=float(1e-4 * scale))
     assert (found[2] - found[0]).abs().max() > 0.1 * scale  # the control: without the share
 
 
