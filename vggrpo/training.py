@@ -162,6 +162,6 @@ def _due(done: int, every: int) -> bool:
 
 
 def _part() -> None:
-    """Threads of a process group must not outlive the interpreter: a rank that had finished could crash of them."""
+    """Close the process group, of whose threads a finished rank could crash; gloo may leave some (torch 2.13)."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
