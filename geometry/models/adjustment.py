@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geometry.cameras import inverse, pixel_grid
-from geometry.models.alignment import Template, averaged, equations, shrunk, template
+from geometry.models.alignment import Template, averaged, equations, shrunk, solved, template
 from geometry.models.correlation import NOISE
 from geometry.models.sightings import Edges, clip_cameras, lens
 from geometry.models.solver import NEAR
@@ -129,15 +129,14 @@ def matched(
         here = Template(first[0], first[1], first[2], first[3], frames.cells)
         parts.append(equations(here, frames.features[j : j + n].flatten(0, 1), flow[edge : edge + n].flatten(0, 1)))
     close = torch.cat(parts)
+    damping = 1e-3 * (close[:, 0] + close[:, 2]) + 1e-6
+    step = solved(close, damping, LONGEST * place) / place
     noise = averaged(close, BLUR)[:, 5:6] + NOISE
     units = close.new_tensor([place**2, place**2, place**2, place, place])[:, None, None]
-    each = (units * close[:, :5] / noise).unflatten(0, (len(seen.source), -1)).transpose(0, 1)
-    xx, xy, yy, right, down = each.unbind(2)
+    found = torch.cat([units * close[:, :5] / noise, step], dim=1)
+    xx, xy, yy, right, down, *shift = found.unflatten(0, (len(seen.source), -1)).transpose(0, 1).unbind(2)
     information = torch.stack([xx, xy, xy, yy], dim=-1).unflatten(-1, (2, 2))
-    damping = 1e-3 * (xx + yy) + 1e-6
-    step = torch.stack([xy * down - (yy + damping) * right, xy * right - (xx + damping) * down], dim=-1)
-    step = step / ((xx + damping) * (yy + damping) - xy * xy)[..., None]
-    asked = seen._replace(flow=at + step.clamp(-LONGEST, LONGEST), information=information)
+    asked = seen._replace(flow=at + torch.stack(shift, dim=-1), information=information)
     return asked, torch.stack([right, down], dim=-1)
 
 

@@ -77,12 +77,12 @@ def averaged(equations: Float[Tensor, "P 7 h w"], times: int) -> Float[Tensor, "
     return equations / (equations[:, -1:] + 1e-3)
 
 
-def solved(equations: Float[Tensor, "P 7 h w"], damping: Tensor) -> Float[Tensor, "P 2 h w"]:
+def solved(equations: Float[Tensor, "P 7 h w"], damping: Tensor, longest: float = LONGEST) -> Float[Tensor, "P 2 h w"]:
     """The displacement that they ask for, in places."""
     xx, xy, yy, xe, ye, _, _ = equations.unbind(1)
     xx, yy = xx + damping, yy + damping
     step = torch.stack([xy * ye - yy * xe, xy * xe - xx * ye], dim=1) / (xx * yy - xy * xy)[:, None]
-    return step.clamp(-LONGEST, LONGEST)
+    return step.clamp(-longest, longest)
 
 
 def warp(x: Float[Tensor, "P C H W"], flow: Float[Tensor, "P 2 h w"]) -> tuple[Tensor, Tensor]:
