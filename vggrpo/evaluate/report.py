@@ -160,6 +160,8 @@ def scatter(told: Mapping[str, Sequence[tuple[float, float]]], judge: str) -> by
             mean = [sum(x) / len(x)], [sum(y) / len(y)]
             axes.scatter(*mean, s=90, marker="P", color=color, edgecolor="white", label=name)
     axes.set(xlabel=f"{MOTION}, pixels a frame", ylabel=f"{judge}, pixels (lower is sounder)", xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:.1g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     buffer = io.BytesIO()
