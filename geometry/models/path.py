@@ -60,6 +60,7 @@ def solve_path(
     steps: int = STEPS,
     robust: bool = True,
     steady: bool = True,
+    shared: float = SHARED,
 ) -> Float[Tensor, "B T 4 4"]:
     """Poses `c2w`, the first the identity; gradients flow to depth and sightings, not to the start.
 
@@ -70,6 +71,7 @@ def solve_path(
         steps: Gauss-Newton steps of a round, the very last of them differentiable.
         robust: whether outliers lose their say; the weights carry no gradient.
         steady: whether a second round knows that acceleration is unlikely; how unlikely carries no gradient.
+        shared: what that knowledge counts: how many sightings have one and the same error.
     """
     if not len(seen.source) or steps < 1:
         return start
@@ -85,7 +87,7 @@ def solve_path(
         for _ in range(steps if steady else steps - 1):
             w2c = _moved(w2c, _step(w2c, problem, share)[0])
         if steady:
-            share = SHARED * _step(w2c, problem, share)[1]
+            share = shared * _step(w2c, problem, share)[1]
             for _ in range(steps - 1):
                 w2c = _moved(w2c, _step(w2c, problem, share)[0])
     w2c = _moved(w2c, _step(w2c, problem, share)[0])
