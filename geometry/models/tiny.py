@@ -68,6 +68,8 @@ class TinyConfig:
 
 NUM_PREFIX = 5
 """Class token and registers of the encoder."""
+SKY = 5.0
+"""Units of depth beyond which nothing stands: the sky is trained to be at 15, and all but an open ground's rim below 4."""
 
 
 class TinyGeometry(nn.Module):
@@ -248,6 +250,7 @@ def parse(found: Prediction, size: tuple[int, int]) -> Geometry:
         confidence=found.confidence.sigmoid(),
         scene_flow=flow * found.dynamic.sigmoid()[..., None],
         flow_grid="frame",
+        valid=depth.detach() < SKY,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from geometry.models.tiny import TinyConfig
 from geometry.types import check_geometry
+from geometry.world import make_clips
 from vggrpo.bootstrap import geometry_publish
 from vggrpo.bootstrap.assets import read_card, save_json, save_tensors, sha256
 from vggrpo.bootstrap.geometry_eval import measure, predict
@@ -73,6 +74,24 @@ def test_a_run_can_start_from_a_published_model(asset, tmp_path):
 def test_the_table_has_a_row_for_each_kind():
     nothing = dict.fromkeys(BARS, float("nan"))
     assert table({"all": nothing | {"rotation": 0.5}})[-1] == "| all | 0.50 | - | - | - | - | - | - |"
+
+
+def test_the_shipped_model_knows_the_sky():
+    """Open ground has one and a room has none; another clip's sky is the control."""
+    clips = make_clips(range(9_640_016, 9_640_028), supersample=1)
+    with torch.no_grad():
+        found = ~load_geometry(ASSET)(clips.video).valid
+    sky = ~clips.geometry.valid
+    open_ground = sky.flatten(1).float().mean(1) > 0.02
+    assert 3 <= open_ground.sum() <= 9
+    assert not found[~open_ground].any()
+
+    def agreement(one, other):
+        return ((one & other).flatten(1).sum(1) / (one | other).flatten(1).sum(1)).median()
+
+    found, sky = found[open_ground], sky[open_ground]
+    print("sky:", agreement(found, sky), "of another clip:", agreement(found.roll(1, 0), sky))
+    assert agreement(found, sky) > 0.8 > 0.7 > agreement(found.roll(1, 0), sky)
 
 
 @pytest.mark.slow
