@@ -69,7 +69,7 @@ class TinyConfig:
 NUM_PREFIX = 5
 """Class token and registers of the encoder."""
 SKY = 5.0
-"""Units of depth beyond which nothing stands: the sky is trained to be at 15, and all but an open ground's rim below 4."""
+"""Units of depth beyond which is sky: that is trained to be at 15, and all but an open ground's rim is below 4."""
 
 
 class TinyGeometry(nn.Module):

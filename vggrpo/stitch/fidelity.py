@@ -11,11 +11,13 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from jaxtyping import Float
 from torch import Tensor
 
 from geometry.backbone import HookedBackbone
+from geometry.cameras import unproject
 from geometry.latent import LatentGeometryModel
 from geometry.types import Geometry
 from geometry.world import PERTURBATIONS, Clip, Motion, make_clip
@@ -61,8 +63,19 @@ OF_TRUTH, REWARDS = rewards_with(EXACT_FLOW), rewards_with(ESTIMATED_FLOW)
 """The true geometry's, and a model's."""
 CHANGES = 1e-3
 """A true reward that changes less within a clip does not answer to a fault."""
+OFF = {f"depth {share:.1%} off": share for share in (0.003, 0.01, 0.03, 0.1)}
+"""The true geometry with its depth so far off: what a correlation can be for a model that makes no other error."""
 FIDELITY_BARS = {"motion_smoothness": 0.8, "reprojection_consistency": 0.6}
 """Rank correlation asked of the shipped model, over all clips, faults and magnitudes."""
+
+
+def depth_off(scene: Geometry, share: float, seed: int) -> Geometry:
+    """Every frame's depth times exp of a smooth field of its own, whose standard deviation is `share`."""
+    *batch, H, W = scene.depth.shape
+    coarse = torch.randn(1, math.prod(batch), 8, 8, generator=torch.Generator().manual_seed(seed))
+    field = F.interpolate(coarse, size=(H, W), mode="bicubic")
+    depth = scene.depth * (share * field / field.std()).exp().view(scene.depth.shape)
+    return replace(scene, depth=depth, points=unproject(depth, scene.intrinsics, scene.c2w))
 
 
 def versions(count: int) -> tuple[list[tuple[str, float]], Callable[[str, float], list[Clip]]]:
@@ -93,7 +106,7 @@ def score(
     count: int,
     progress: Callable[[str], None],
 ) -> tuple[list[tuple[str, float]], dict[str, dict[str, Float[Tensor, "versions clips"]]]]:
-    """Versions, and source -> reward -> its value for each; sources are "truth", "teacher" and the models."""
+    """Versions, and source -> reward -> its value for each; sources are "truth", `OFF`, "teacher" and the models."""
     listed, make = versions(count)
     values: dict[str, dict[str, list[Tensor]]] = {}
     for number, (name, amount) in enumerate(listed):
@@ -102,10 +115,12 @@ def score(
         video = torch.stack([clip.video for clip in clips])
         z = latents_of(vae, video)
         scenes: dict[str, list[Geometry]] = {"truth": [clip.geometry for clip in clips]}
+        for source, share in OFF.items():
+            scenes[source] = [depth_off(scene, share, 100 * number + n) for n, scene in enumerate(scenes["truth"])]
         scenes["teacher"] = [teacher(some) for some in video.split(AT_ONCE)]
         scenes |= {source: [model(some) for some in z.split(AT_ONCE)] for source, model in models.items()}
         for source, parts in scenes.items():
-            for reward, fn in (OF_TRUTH if source == "truth" else REWARDS).items():
+            for reward, fn in (OF_TRUTH if source in ("truth", *OFF) else REWARDS).items():
                 one = torch.cat([fn(part).flatten() for part in parts])
                 values.setdefault(source, {}).setdefault(reward, []).append(one)
     stacked = {s: {reward: torch.stack(rows) for reward, rows in found.items()} for s, found in values.items()}

@@ -9,9 +9,9 @@ from geometry.stored import CARD, WEIGHTS, save_latent_model
 from vggrpo.bootstrap.assets import save_json, sha256
 from vggrpo.bootstrap.geometry_publish import PER_KIND
 from vggrpo.bootstrap.vae_publish import hardware
-from vggrpo.stitch.card import card_text, fidelity_table, held_out_table
+from vggrpo.stitch.card import SOURCES, card_text, fidelity_table, held_out_table
 from vggrpo.stitch.draw import draw_all
-from vggrpo.stitch.fidelity import FIRST_SEED
+from vggrpo.stitch.fidelity import FIRST_SEED, REWARDS
 from vggrpo.stitch.recipe import StitchRecipe
 from vggrpo.stitch.run import EVERY, HELD_OUT, KEPT, RANKED_ON, sources
 
@@ -65,7 +65,7 @@ def publish(recipe: StitchRecipe, path: str, found: dict[str, Any], made: dict[s
         f"wrote {folder}",
         *held_out_table(found["held_out"]["all"]),
         "",
-        *fidelity_table(found["fidelity"]["spearman"]),
+        *fidelity_table(found["fidelity"]["spearman"], REWARDS, SOURCES),
     ]
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from geometry.latent import Connector, LatentSpec
-from geometry.world import PERTURBATIONS
+from geometry.types import check_geometry
+from geometry.world import PERTURBATIONS, make_clip
+from rewards import reprojection_consistency
 from vggrpo.bootstrap.geometry_publish import BARS
-from vggrpo.stitch.fidelity import REWARDS, UNSEEN, blind, fidelity, versions
+from vggrpo.stitch.fidelity import OFF, REWARDS, UNSEEN, blind, depth_off, fidelity, versions
 from vggrpo.stitch.judge import random_connector, ratios
 
 
@@ -58,6 +60,20 @@ def test_what_cannot_be_scored_does_not_count():
         x[2, 0] = torch.nan
     found = fidelity(listed, {"truth": truth, "model": holes})["model"]
     assert found["motion_smoothness"]["all"] == pytest.approx(1)
+
+
+def test_depth_that_is_off_costs_what_it_is_off_by():
+    """And nothing else: cameras and motion stay, and another seed is another error of the same size."""
+    scene = make_clip(3, motion="orbit").geometry
+    off = {seed: depth_off(scene, 0.03, seed) for seed in (1, 2)}
+    check_geometry(off[1])
+    for one in off.values():
+        assert (one.depth / scene.depth).log().std() == pytest.approx(0.03, rel=1e-3)
+        assert torch.equal(one.c2w, scene.c2w)
+    assert not torch.equal(off[1].depth, off[2].depth)
+    costs = [float(reprojection_consistency(depth_off(scene, share, 1))) for share in (0.0, *OFF.values())]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == pytest.approx(float(reprojection_consistency(scene)), abs=1e-6)
 
 
 def test_versions_are_the_catalogue_without_what_no_pixel_shows():
