@@ -87,6 +87,8 @@ class Connector(nn.Module):
         padding: Literal["replicate", "zeros"] = "replicate",
         width: int = 0,
         blocks: int = 2,
+        finish: int = 0,
+        finish_width: int = 96,
     ) -> None:
         """
         Args:
@@ -94,7 +96,7 @@ class Connector(nn.Module):
             kernel: (time, rows, columns), odd; by default 5 x 3 x 3 over video frames, 3 x 3 x 3 over latent frames.
             padding: what half a kernel beyond the borders sees; the fit sees the same.
             width: of the refiner; 0 for none.
-            blocks: of the refiner.
+            blocks, finish, finish_width: of the refiner.
         """
         super().__init__()
         kernel = kernel or (5 if mode == "frames" else 3, 3, 3)
@@ -112,11 +114,20 @@ class Connector(nn.Module):
         )
         self.refiner: Refiner | None = None
         if width:
-            self.add_refiner(width, blocks)
+            self.add_refiner(width, blocks, finish, finish_width)
 
-    def add_refiner(self, width: int, blocks: int) -> None:
+    def add_refiner(self, width: int, blocks: int, finish: int = 0, finish_width: int = 96) -> None:
         """One that changes nothing yet."""
-        refiner = Refiner(self.latent.channels, self.conv.out_channels, width, blocks, self.stride)
+        refiner = Refiner(
+            self.latent.channels,
+            self.conv.out_channels,
+            width,
+            blocks,
+            self.stride,
+            dim=self.dim,
+            finish=finish,
+            finish_width=finish_width,
+        )
         self.refiner = refiner.to(self.conv.weight)
 
     def grid(self, h: int, w: int) -> Grid:
@@ -135,7 +146,8 @@ class Connector(nn.Module):
         maps = self.conv(x) if self.refiner is None else self.conv(x) + self.refiner(x)
         maps = maps.movedim(1, -1).unflatten(-1, (p, u, u, self.dim))
         maps = maps.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return maps[:, p - 1 :]  # latent 0 has one frame, which is the last of its group
+        maps = maps[:, p - 1 :]  # latent 0 has one frame, which is the last of its group
+        return maps if self.refiner is None else self.refiner.finished(maps)
 
     def resampled(self, z: Float[Tensor, "B C L h w"], grid: Grid | None = None) -> Float[Tensor, "B C T rows columns"]:
         """What the convolution sees: latents at every video frame ("frames"), `stride` of them per token side."""

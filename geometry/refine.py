@@ -23,7 +23,11 @@ class RefineConfig:
     width: int = 128
     """Its channels."""
     blocks: int = 2
-    """Its residual blocks."""
+    """Its residual blocks, at the latents' grid."""
+    finish: int = 0
+    """Its residual blocks that see the tokens, at theirs."""
+    finish_width: int = 96
+    """Channels of those."""
     change: float = 2.0
     """What the error's change from one token map to the next counts for, beside the error: it is taken for motion."""
     lr: float = 1e-3
@@ -36,8 +40,10 @@ class RefineConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.width < 1 or self.blocks < 0 or not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"steps and blocks must be >= 0, width >= 1 and warmup in [0, steps], got {self}")
+        if min(self.steps, self.blocks, self.finish) < 0 or not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"steps, blocks and finish must be >= 0 and warmup in [0, steps], got {self}")
+        if min(self.width, self.finish_width) < 1:
+            raise ValueError(f"width and finish_width must be >= 1, got {self}")
         if min(self.lr, self.clip) <= 0 or min(self.weight_decay, self.change) < 0:
             raise ValueError(f"lr and clip must be > 0, weight_decay and change >= 0, got {self}")
 
@@ -45,7 +51,7 @@ class RefineConfig:
 def start_refine(model: LatentGeometryModel, config: RefineConfig) -> torch.optim.AdamW:
     """A refiner if the connector has none, and the optimiser of it alone; nothing else needs a gradient after it."""
     if model.connector.refiner is None:
-        model.connector.add_refiner(config.width, config.blocks)
+        model.connector.add_refiner(config.width, config.blocks, config.finish, config.finish_width)
     assert model.connector.refiner is not None
     model.eval().requires_grad_(False)
     weights = list(model.connector.refiner.requires_grad_().parameters())

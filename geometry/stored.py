@@ -43,7 +43,7 @@ def save_latent_model(
             "stride": net.stride,
             "split": net.split,
             "padding": net.conv.padding_mode,
-            **({} if net.refiner is None else {"width": net.refiner.width, "blocks": len(net.refiner.blocks)}),
+            **({} if net.refiner is None else net.refiner.sizes()),
         },
         "lora": model.lora and {"rank": model.lora[0], "alpha": model.lora[1]},
         "sha256": _sha256(folder / WEIGHTS),

@@ -28,12 +28,14 @@ def stitched(seed=0, **how):
 def test_a_new_refiner_changes_nothing_and_a_trained_one_every_frame(mode, how):
     net, z = Connector(SPEC, 8, mode=mode, **how), latents()
     before = net(z)
-    net.add_refiner(width=6, blocks=1)
+    net.add_refiner(width=6, blocks=1, finish=2, finish_width=5)
     torch.testing.assert_close(net(z), before, rtol=0, atol=0)
-    torch.nn.init.normal_(net.refiner.leave.weight)
-    after = net(z)
-    assert after.shape == before.shape
-    assert ((after - before).abs().amax((0, 2, 3, 4)) > 0.1).all()
+    for part in (net.refiner, net.refiner.finish[1]):
+        torch.nn.init.normal_(part.leave.weight)
+        after = net(z)
+        assert after.shape == before.shape
+        assert ((after - before).abs().amax((0, 2, 3, 4)) > 0.1).all()
+        before = after
 
 
 def test_a_refiner_sees_its_own_neighbourhood_and_gradients_reach_the_latents():
@@ -45,6 +47,18 @@ def test_a_refiner_sees_its_own_neighbourhood_and_gradients_reach_the_latents():
     reached = z.grad[0].abs().sum(0) > 0
     assert reached[1:8, 1:8, 1:8].float().mean() > 0.9
     assert reached.sum() == reached[1:8, 1:8, 1:8].sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_that_see_the_tokens_see_the_next_tokens_and_the_next_frames(mode):
+    """One block, two convolutions of 3 x 3 tokens and one of three frames: two places away, and one frame."""
+    net = Connector(SPEC, 8, mode=mode, kernel=(1, 1, 1), split=2, width=6, blocks=0, finish=1)
+    torch.nn.init.normal_(net.refiner.finish[0].leave.weight)
+    tokens = torch.randn(1, 7, 9, 9, 8, requires_grad=True)
+    net.refiner.finished(tokens)[0, 3, 4, 4].sum().backward()
+    reached = tokens.grad[0].abs().sum(-1) > 0
+    assert reached[2:5, 2:7, 2:7].all()
+    assert reached.sum() == reached[2:5, 2:7, 2:7].sum()
 
 
 def planted(model, count=24):
@@ -105,15 +119,26 @@ def test_what_it_is_asked_for_is_the_teachers_tokens_and_their_change():
 
 def test_it_is_kept_on_disk_with_its_connector(tmp_path):
     model = stitched(mode="phases", stride=1)
-    model.connector.add_refiner(width=6, blocks=2)
-    torch.nn.init.normal_(model.connector.refiner.leave.weight)
+    model.connector.add_refiner(width=6, blocks=2, finish=1, finish_width=7)
+    for part in (model.connector.refiner, model.connector.refiner.finish[0]):
+        torch.nn.init.normal_(part.leave.weight)
     save_latent_model(model, tmp_path, {})
     again = load_latent_model(tmp_path, stitched().backbone)
     torch.testing.assert_close(again.connector(latents()), model.connector(latents()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": -1}, {"width": 0}, {"warmup": 31, "steps": 30}, {"lr": 0.0}, {"change": -1.0}, {"blocks": -1}]
+    "bad",
+    [
+        {"steps": -1},
+        {"width": 0},
+        {"warmup": 31, "steps": 30},
+        {"lr": 0.0},
+        {"change": -1.0},
+        {"blocks": -1},
+        {"finish": -1},
+        {"finish_width": 0},
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(bad):
     with pytest.raises(ValueError, match="must be"):
