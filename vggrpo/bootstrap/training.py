@@ -1,7 +1,8 @@
 """A training between two steps, in one file: the trained weights, their running average, the moments, the curve."""
 
 import json
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,46 @@ class Training(Generic[Network]):
             yield self.network
         finally:
             self.swap_average()
+
+
+def train_to(
+    training: Training[Network],
+    steps: int,
+    *,
+    step: Callable[[int], dict[str, float]],
+    measure: Callable[[Network], dict[str, float]],
+    save: Callable[[], None],
+    every: int,
+    decay: float,
+) -> Iterator[dict[str, float]]:
+    """Train to the last step, yielding each one's numbers; then the network holds the average of its weights.
+
+    Args:
+        step: takes a step by its number, and says what it measured.
+        measure: what a point of the curve says of the averaged network.
+        save: keeps the training, point and all.
+        every: steps between such points; the first and the last step have one, too.
+        decay: of the average.
+    """
+
+    def note() -> None:
+        if training.curve and training.curve[-1]["step"] == training.step:
+            return  # it was resumed here
+        with training.averaged() as network:
+            found = {name: round(x, 5) for name, x in measure(network).items()}
+        training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | found)
+        save()
+
+    while training.step < steps:
+        if training.step % every == 0:
+            note()
+        begin = time.perf_counter()
+        numbers = step(training.step)
+        training.update_average(decay)
+        training.seconds += time.perf_counter() - begin
+        yield numbers
+    note()
+    training.swap_average()
 
 
 def save_training(path: Path, training: Training[Any], recipe: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Refining and distillation of a pair's closed form, clip by clip, on any number of processes, resumable to the bit."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from geometry.refine import RefineConfig, refine_backward, start_refine
 from geometry.stitch import Sample, student, teach
 from geometry.types import Geometry
 from vggrpo.bootstrap.progress import Progress
-from vggrpo.bootstrap.training import Training, load_training, save_training
+from vggrpo.bootstrap.training import Training, load_training, save_training, train_to
 from vggrpo.stitch.pair_recipe import PairRecipe
 from vggrpo.stitch.shelf import load_clip, samples
 from vggrpo.stitch.team import Team
@@ -56,29 +55,26 @@ def train(
     notes = asdict(stage.config) | {"steps": None, "num_steps": steps}
     load_training(path, training, notes, ("num_steps",))
 
-    def keep() -> None:
-        if training.curve and training.curve[-1]["step"] == training.step:
-            return  # it was resumed here
-        with training.averaged():
-            found = distances(recipe, lambda one: student(model, one), model, parts[1], team)
-        found["total"] = float(recipe.distil.weights.total({k: torch.tensor(x) for k, x in found.items()}))
-        rounded = {name: round(x, 5) for name, x in found.items()}
-        training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | rounded)
+    def measure(model: LatentGeometryModel) -> Distances:
+        found = distances(recipe, lambda one: student(model, one), model, parts[1], team)
+        return found | {"total": float(recipe.distil.weights.total({k: torch.tensor(x) for k, x in found.items()}))}
+
+    def save() -> None:
         if team.main:
             save_training(path, training, notes)
         team.wait()
 
-    while training.step < steps:
-        if training.step % recipe.checkpoint_every == 0:
-            keep()
-        begin = time.perf_counter()
-        numbers = _step(recipe, stage, training, parts[0], team)
-        training.update_average(recipe.average)
-        training.seconds += time.perf_counter() - begin
+    for numbers in train_to(
+        training,
+        steps,
+        step=lambda _: _step(recipe, stage, training, parts[0], team),
+        measure=measure,
+        save=save,
+        every=recipe.checkpoint_every,
+        decay=recipe.average,
+    ):
         left = training.seconds / training.step * (steps - training.step) / 60
         progress(f"{stage.name}: step {training.step} of {steps}  loss {numbers['loss']:.4f}  {left:.0f} min left")
-    keep()
-    training.swap_average()
     model.requires_grad_(False)
     return training
 

@@ -1,6 +1,5 @@
 """Training of a closed form's refiner on the clips, resumable to the bit, and what it is worth on held-out ones."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from geometry.latent import LatentGeometryModel
 from geometry.refine import refine_step, start_refine
 from geometry.stitch import tokens
-from vggrpo.bootstrap.training import Training, load_training, save_training
+from vggrpo.bootstrap.training import Training, load_training, save_training, train_to
 from vggrpo.stitch.clips import Clips
 from vggrpo.stitch.closed import Ranked, load_closed
 from vggrpo.stitch.recipe import StitchRecipe
@@ -40,21 +39,24 @@ def train_refine(
     When it is through, the model holds the average of its weights.
     """
     model, config = training.network, recipe.refine
-    while training.step < config.steps:
-        if training.step % recipe.checkpoint_every == 0:
-            _note_and_save(training, recipe, path, held_out)
-        begin = time.perf_counter()
-        rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + training.step)
+
+    def step(number: int) -> dict[str, float]:
+        rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
         sizes = torch.tensor([float(len(clips)) for clips in sources])
         clips = sources[int(torch.multinomial(sizes, 1, generator=rng))]
         rows = torch.randint(len(clips), (recipe.refine_clips,), generator=rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            numbers = refine_step(model, clips.sample(rows), training.optimizer, training.step, config)
-        training.update_average(recipe.average)
-        training.seconds += time.perf_counter() - begin
-        yield numbers
-    _note_and_save(training, recipe, path, held_out)
-    training.swap_average()
+            return refine_step(model, clips.sample(rows), training.optimizer, number, config)
+
+    yield from train_to(
+        training,
+        config.steps,
+        step=step,
+        measure=lambda model: explained(model, held_out),
+        save=lambda: save_training(path, training, _notes(recipe)),
+        every=recipe.checkpoint_every,
+        decay=recipe.average,
+    )
     model.requires_grad_(False)
 
 
@@ -87,17 +89,6 @@ def explained(model: LatentGeometryModel, clips: Clips) -> dict[str, float]:
         left, whole = left + error.square().sum(), whole + (wanted - mean / rows).square().sum()
         moved, change = moved + error.diff(dim=1).square().sum(), change + wanted.diff(dim=1).square().sum()
     return {"r2": float(1 - left / whole), "change r2": float(1 - moved / change)}
-
-
-def _note_and_save(training: Training[LatentGeometryModel], recipe: StitchRecipe, path: Path, held_out: Clips) -> None:
-    """A point of the curve and a checkpoint; a run that has just been resumed has both already."""
-    if training.curve and training.curve[-1]["step"] == training.step:
-        return
-    with training.averaged() as model:
-        found = explained(model, held_out)
-    rounded = {name: round(x, 5) for name, x in found.items()}
-    training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | rounded)
-    save_training(path, training, _notes(recipe))
 
 
 def _notes(recipe: StitchRecipe) -> dict[str, Any]:

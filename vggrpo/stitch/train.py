@@ -1,10 +1,9 @@
 """Distillation of a closed-form model, resumable to the bit: every step draws from a generator of its own."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -12,12 +11,14 @@ from geometry.distance import OutputWeights, output_distances
 from geometry.distil import distil_step, start
 from geometry.latent import LatentGeometryModel
 from geometry.stitch import Sample, student, teach
-from vggrpo.bootstrap.training import Training, load_training, save_training
+from vggrpo.bootstrap.training import Training, load_training, save_training, train_to
 from vggrpo.stitch.clips import Clips
 from vggrpo.stitch.recipe import StitchRecipe
 
 
-def start_distil(recipe: StitchRecipe, model: LatentGeometryModel, steps: int, path: Path) -> Training:
+def start_distil(
+    recipe: StitchRecipe, model: LatentGeometryModel, steps: int, path: Path
+) -> Training[LatentGeometryModel]:
     """A distillation of `steps` steps at its first, or where the checkpoint at `path` left it.
 
     Raises:
@@ -30,25 +31,32 @@ def start_distil(recipe: StitchRecipe, model: LatentGeometryModel, steps: int, p
 
 
 def train_distil(
-    training: Training, recipe: StitchRecipe, steps: int, path: Path, sources: list[Clips], held_out: Clips
+    training: Training[LatentGeometryModel],
+    recipe: StitchRecipe,
+    steps: int,
+    path: Path,
+    sources: list[Clips],
+    held_out: Clips,
 ) -> Iterator[dict[str, float]]:
     """Distil for `steps` steps, yielding each one's numbers; checkpoints and curve on the way and at the end.
 
     When it is through, the model holds the average of its weights.
     """
     model, config = training.network, replace(recipe.distil, steps=steps)
-    assert isinstance(model, LatentGeometryModel)
-    while training.step < steps:
-        if training.step % recipe.checkpoint_every == 0:
-            _note_and_save(training, recipe, steps, path, held_out)
-        begin = time.perf_counter()
-        sample = draw_batch(recipe, sources, training.step, steps)
-        numbers = distil_step(model, sample, training.optimizer, training.step, config)
-        training.update_average(recipe.average)
-        training.seconds += time.perf_counter() - begin
-        yield numbers
-    _note_and_save(training, recipe, steps, path, held_out)
-    training.swap_average()
+
+    def step(number: int) -> dict[str, float]:
+        sample = draw_batch(recipe, sources, number, steps)
+        return distil_step(model, sample, training.optimizer, number, config)
+
+    yield from train_to(
+        training,
+        steps,
+        step=step,
+        measure=lambda model: distances(model, held_out, recipe.distil.weights),
+        save=lambda: save_training(path, training, _notes(recipe, steps)),
+        every=recipe.checkpoint_every,
+        decay=recipe.average,
+    )
     model.requires_grad_(False)
 
 
@@ -69,17 +77,6 @@ def distances(model: LatentGeometryModel, clips: Clips, weights: OutputWeights) 
     parts = [output_distances(student(model, sample), teach(model, sample)) for sample in clips.batches()]
     each = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {name: float(x.mean()) for name, x in each.items()} | {"total": float(weights.total(each).mean())}
-
-
-def _note_and_save(training: Training, recipe: StitchRecipe, steps: int, path: Path, held_out: Clips) -> None:
-    """A point of the curve and a checkpoint; a run that has just been resumed has both already."""
-    if training.curve and training.curve[-1]["step"] == training.step:
-        return
-    with training.averaged() as model:
-        found = distances(cast(LatentGeometryModel, model), held_out, recipe.distil.weights)
-    rounded = {name: round(x, 5) for name, x in found.items()}
-    training.curve.append({"step": training.step, "seconds": round(training.seconds, 1)} | rounded)
-    save_training(path, training, _notes(recipe, steps))
 
 
 def _notes(recipe: StitchRecipe, steps: int) -> dict[str, Any]:
