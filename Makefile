@@ -2,7 +2,7 @@
 # make demo   trains the embedded model for MINUTES (6) from a new SEED, then judges it on held-out prompts; runs/demo-SEED
 # make lint   ruff + mypy                                       make bench  the hot paths, timed
 # make test-slow   the shipped models' numbers, measured again
-# make assets   trains every shipped model from nothing, in some six hours on one CPU core; `RESUME=1` goes on after a stop
+# make assets   trains every shipped model from nothing, in some seven hours on one CPU core; `RESUME=1` goes on after a stop
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -56,6 +56,8 @@ assets: $(INSTALLED)
 	$(BOOTSTRAP) vae $(RECIPES)/vae.yaml out=$(NEW)/vae
 	$(BOOTSTRAP) geometry $(RECIPES)/geometry.yaml out=$(NEW)/geometry
 	$(BOOTSTRAP) geometry $(RECIPES)/geometry_clip.yaml out=$(NEW)/geometry_clip
+	$(BOOTSTRAP) geometry $(RECIPES)/geometry_adjusted.yaml out=$(NEW)/geometry_adjusted
+	$(BOOTSTRAP) geometry $(RECIPES)/geometry_adjusted.yaml out=$(NEW)/geometry_adjusted_more first_clip=1013000
 	$(BOOTSTRAP) referee $(RECIPES)/referee.yaml out=$(NEW)/referee
 	$(BOOTSTRAP) generator $(RECIPES)/generator.yaml training.out=$(NEW)/generator
 	$(BOOTSTRAP) generator $(RECIPES)/generator_hand_held.yaml training.out=$(NEW)/generator_hand_held

@@ -107,6 +107,7 @@ def card_text(card: dict[str, Any]) -> str:
     connector = "one Conv3d"
     if refined:
         connector += f" and, for what it misses, {net['blocks']} residual blocks of {net['width']} channels"
+        connector += f" and {net['finish']} of {net['finish_width']} on the tokens" if net["finish"] else ""
     lines = [
         "# tiny-lgm",
         "",
