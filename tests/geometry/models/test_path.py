@@ -111,6 +111,9 @@ def test_shake_is_found_and_bent_pictures_are_not_taken_for_it():
     bent = seen._replace(there=points[..., :2] + bend + points[..., :2] @ slope)
     steady, naive = (solve_path(depth, bent, calm, steps=9, steady=x) for x in (True, False))
     assert jolt(steady) < 0.5 * jolt(naive)
+    counted = [solve_path(depth, bent, calm, steps=9, shared=x) for x in (0.0, 3.0, 30.0)]
+    assert jolt(counted[0]) > 1.1 * jolt(counted[1]) > 1.2 * jolt(counted[2])
+    torch.testing.assert_close(counted[2], steady, rtol=0, atol=0)
 
 
 def test_what_moves_by_itself_loses_its_say():
