@@ -20,7 +20,7 @@ class Refiner(nn.Module):
         blocks: int,
         stride: int = 1,
         *,
-        dim: int = 0,
+        dim: int,
         finish: int = 0,
         finish_width: int = 96,
     ) -> None:

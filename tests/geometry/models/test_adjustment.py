@@ -81,6 +81,17 @@ def test_other_frames_or_the_wrong_sign_lead_astray(world, seen, monkeypatch):
     assert error(found, truth.c2w)[0] > before
 
 
+def test_the_more_errors_are_shared_the_steadier_is_the_path(world, seen, monkeypatch):
+    truth, rng = world.geometry, torch.Generator().manual_seed(3)
+    noisy = features(world) + 0.3 * torch.randn(world.video.shape, generator=rng)
+    jolt = []
+    for shared in (0.0, adjustment.SHARED, 10 * adjustment.SHARED):
+        monkeypatch.setattr(adjustment, "SHARED", shared)
+        found = adjust(noisy, seen, token_depth(world), truth.intrinsics, truth.c2w, TRUST)[0]
+        jolt.append(found[..., :3, 3].diff(dim=1).diff(dim=1).norm(dim=-1).mean())
+    assert jolt[0] > 1.02 * jolt[1] > 1.04 * jolt[2], jolt
+
+
 def test_parallax_corrects_the_depth_where_there_is_any(world, seen):
     truth = world.geometry
     wanted = token_depth(world)
