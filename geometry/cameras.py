@@ -20,6 +20,13 @@ def so3_log(rotation: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3"]:
     return rotation_matrix_to_axis_angle(rotation.reshape(-1, 3, 3)).reshape(rotation.shape[:-1])
 
 
+def cross_matrix(vector: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3 3"]:
+    """The matrix of v x, the cross product with v."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+
+
 def rigid(rotation: Float[Tensor, "*batch 3 3"], translation: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 4 4"]:
     """The 4x4 matrix of x -> rotation x + translation."""
     top = torch.cat([rotation, translation[..., None]], dim=-1)

@@ -32,9 +32,6 @@ LONGEST = 6.0
 SHARE = 0.5
 """Power of a token's say here. It was learnt for displacements, of which few are to be trusted; here it is known what
 features do not tell, and cameras that listen to more tokens are less too slow (launch/LOG.md)."""
-SHARED = 3.0
-"""In place of `path.SHARED`: features leave more unexplained than displacements do, which overstates how many of their
-errors are the same, and at 30 a swaying camera is taken for noise (launch/LOG.md)."""
 SPREAD = 0.3
 """Standard deviation of the network's log-depth, before anything is seen of parallax."""
 DEEPEST = 0.3
@@ -68,7 +65,7 @@ def adjust(
             depth = log_depth + (depth - log_depth).detach()
             at = placed(c2w.detach(), depth.detach(), intrinsics, seen, patch)[0]
             asked, push = matched(frames[cells], seen, at, patch)
-            c2w = clip_cameras(asked, depth, intrinsics, patch, c2w.detach(), SHARED)
+            c2w = clip_cameras(asked, depth, intrinsics, patch, c2w.detach())
             moved, slope = placed(c2w.detach(), depth.detach(), intrinsics, seen, patch)
             push = push + (asked.information @ (moved - at)[..., None])[..., 0]
             depth = depth + _deeper(depth - log_depth, asked, push, slope, trust)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geometry.cameras import inverse, rigid, so3_exp
+from geometry.cameras import cross_matrix, inverse, rigid, so3_exp
 
 STEPS = 6
 OUTLIER = 4.0
@@ -96,8 +96,8 @@ def _step(w2c: Tensor, nearness: Tensor, wanted: Tensor, prior: Tensor, seen: Wi
     lens = _lens(moved)
     turned = lens @ rotation
     close = near[..., None, None]
-    to_target = torch.cat([-lens @ _cross(moved), close * lens], dim=-1)
-    to_source = torch.cat([turned @ _cross(_homogeneous(seen.rays)[:, seen.source]), -close * turned], dim=-1)
+    to_target = torch.cat([-lens @ cross_matrix(moved), close * lens], dim=-1)
+    to_source = torch.cat([turned @ cross_matrix(_homogeneous(seen.rays)[:, seen.source]), -close * turned], dim=-1)
     poses = torch.cat([to_target, to_source], dim=-1)
     depth = (lens @ shift)[..., 0] * near[..., None]
     weighted = weight @ poses
@@ -135,13 +135,6 @@ def _lens(point: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 2 3"]:
     zero = torch.zeros_like(z)
     rows = [torch.stack([1 / z, zero, -x / z**2], dim=-1), torch.stack([zero, 1 / z, -y / z**2], dim=-1)]
     return torch.stack(rows, dim=-2)
-
-
-def _cross(vector: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3 3"]:
-    """The matrix of v x."""
-    x, y, z = vector.unbind(-1)
-    zero = torch.zeros_like(x)
-    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
 
 
 def _homogeneous(x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 3"]:

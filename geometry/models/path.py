@@ -2,16 +2,18 @@
 
 Over all poses T but the first, Gauss-Newton minimises, with outliers re-weighted,
 
-    sum over edges e = (i -> j) and tokens n of r' W r / (s^2 SHARED)  +  sum over inner frames of |a / STEADY|^2
+    sum over edges e = (i -> j), tokens n of r' W r / (s^2 SHARED) + sum over axes of |v / sigma_v|^2 + |a / sigma_a|^2
 
 r = seen_n - project(T_j^-1 T_i (ray_n, 1) depth_n); s^2 is the mean of r' W r that the first sum alone, minimised
-before, leaves in this clip; a is the change of the motion from frame to frame. Depth is given. An edge enters by the
-six numbers of its own relative motion, as in `solver.py`; the adjoint of that motion hands them on to the two cameras.
-Nothing is chained, so what frames four apart see decides what neighbours leave open.
+before, leaves in this clip; v is the motion from each frame to the next, a its change. Depth is given. An edge enters
+by the six numbers of its own relative motion, as in `solver.py`; the adjoint of that motion hands them on to the two
+cameras. Nothing is chained, so what frames four apart see decides what neighbours leave open.
 
-The second sum is the usual prior of continuous-time estimation, white noise on acceleration (Barfoot, State Estimation
-for Robotics, 2017, ch. 11). Where one rigid motion explains what is seen, s is small and the prior has no say: shake is
-found. Where none does, because pictures bend or latents are coarse, a camera that shakes is the least likely reason.
+The second sum is a prior whose widths are the clip's own: one for each of the three turns and three translations, found
+by expectation maximisation (Dempster, Laird & Rubin, 1977; for priors that switch off what a model does not need:
+MacKay, 1992, and Tipping, 2001). A width is the mean of what v (or a) is and of how far it could be otherwise. What a
+clip shows of sway makes the width of the sway's axis large, and it stays; noise about a pan is narrow, and goes; and an
+axis along which nothing is seen to move does not share in what others leave open, as a turn does in a sideways move.
 
 All steps but the last are taken without gradient. At the solution x* of g(x*, d) = 0, g the gradient of the cost, a
 step of Gauss-Newton from the constant x* has the derivative -H^-1 dg/dd: that of the solution itself, by the implicit
@@ -25,18 +27,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geometry.cameras import inverse, rigid, so3_exp, so3_log
+from geometry.cameras import cross_matrix, inverse, rigid, so3_exp, so3_log
 from geometry.models.solver import DAMPING, NEAR, STEP
 
 STEPS = 3
-"""Gauss-Newton steps without the prior, from a path that chains neighbours, and again as many with it."""
+"""Gauss-Newton steps without the prior, from a path that chains neighbours, and again as many at its last widths."""
+ROUNDS = 4
+"""Of estimating widths, from what the first sum alone gives, a step of Gauss-Newton each. Many more, and what is slow
+along all axes is taken for still along some (launch/LOG.md)."""
 OUTLIER = 3.0
 """Residuals of so many medians (of the clip's, weighed) count half (Cauchy)."""
 
-SHARED = 30.0
+SHARED = 6.0
 """Displacements whose errors are one and the same: windows overlap, and pictures bend smoothly."""
-STEADY = (0.0024, 0.0073)
-"""Standard deviation of a camera's acceleration: radians, and mean depths, per frame and frame."""
+NARROWEST = 1e-4
+"""Width below which an axis is as good as still: radians, and mean depths, per frame (and frame)."""
 
 
 class Sightings(NamedTuple):
@@ -59,8 +64,7 @@ def solve_path(
     *,
     steps: int = STEPS,
     robust: bool = True,
-    steady: bool = True,
-    shared: float = SHARED,
+    prior: bool = True,
 ) -> Float[Tensor, "B T 4 4"]:
     """Poses `c2w`, the first the identity; gradients flow to depth and sightings, not to the start.
 
@@ -70,8 +74,7 @@ def solve_path(
         start: poses to start from, the first the identity.
         steps: Gauss-Newton steps of a round, the very last of them differentiable.
         robust: whether outliers lose their say; the weights carry no gradient.
-        steady: whether a second round knows that acceleration is unlikely; how unlikely carries no gradient.
-        shared: what that knowledge counts: how many sightings have one and the same error.
+        prior: whether the clip's own widths of velocity and acceleration are; they carry no gradient.
     """
     if not len(seen.source) or steps < 1:
         return start
@@ -82,15 +85,22 @@ def solve_path(
     points = points[:, seen.source].mT.contiguous()
     w2c = inverse(_scaled(start.detach(), 1 / unit))
     problem = _Problem(seen.source, seen.target, points, seen.there.mT.contiguous(), xx, xy, yy, robust)
+    width = points.new_ones(len(points), 2, 6)
     share = points.new_zeros(len(points))
     with torch.no_grad():
-        for _ in range(steps if steady else steps - 1):
-            w2c = _moved(w2c, _step(w2c, problem, share)[0])
-        if steady:
-            share = shared * _step(w2c, problem, share)[1]
+        for _ in range(steps if prior else steps - 1):
+            w2c = _moved(w2c, _step(w2c, problem, share, width).update)
+        if prior:
+            step = _step(w2c, problem, share, width)
+            share = SHARED * step.error
+            width = _widths(w2c, torch.zeros_like(step.table))
+            for _ in range(ROUNDS):
+                step = _step(w2c, problem, share, width)
+                w2c = _moved(w2c, step.update)
+                width = _widths(w2c, share[:, None, None] * torch.linalg.inv(step.table))
             for _ in range(steps - 1):
-                w2c = _moved(w2c, _step(w2c, problem, share)[0])
-    w2c = _moved(w2c, _step(w2c, problem, share)[0])
+                w2c = _moved(w2c, _step(w2c, problem, share, width).update)
+    w2c = _moved(w2c, _step(w2c, problem, share, width).update)
     return _scaled(inverse(w2c), unit)
 
 
@@ -107,13 +117,19 @@ class _Problem(NamedTuple):
     robust: bool
 
 
-def _step(
-    w2c: Float[Tensor, "B T 4 4"], given: _Problem, share: Float[Tensor, " B"]
-) -> tuple[Float[Tensor, "B _ 6"], Float[Tensor, " B"]]:
-    """Rotation and translation `[B T-1 6]` of every camera but the first, to be applied after its w2c; and s^2 before.
+class _Step(NamedTuple):
+    update: Float[Tensor, "B _ 6"]
+    """Rotation and translation of every camera but the first, to be applied after its w2c."""
+    table: Float[Tensor, "B _ _"]
+    """What it solved: the inverse of their covariance, times what the prior counts."""
+    error: Float[Tensor, " B"]
+    """s^2, before it."""
 
-    `share`: what the prior counts.
-    """
+
+def _step(
+    w2c: Float[Tensor, "B T 4 4"], given: _Problem, share: Float[Tensor, " B"], width: Float[Tensor, "B 2 6"]
+) -> _Step:
+    """One of Gauss-Newton; the prior, with these widths, counts `share`."""
     B, T = w2c.shape[:2]
     i, j = given.source, given.target
     motion = w2c[:, j] @ inverse(w2c[:, i])
@@ -135,28 +151,54 @@ def _step(
         for row, column, block in ((j, j, normal), (i, j, mixed), (j, i, mixed.mT), (i, i, mixed @ back)):
             table.index_add_(1, row * T + column, block)
         table = table.unflatten(1, (T, T)).transpose(2, 3).reshape(B, 6 * T, 6 * T)
-        prior, push = _steadiness(w2c)
+        prior, push = _prior(w2c, width)
         table = (table + share[:, None, None] * prior)[:, 6:, 6:]
         table = table + torch.diag_embed(DAMPING * table.diagonal(dim1=-2, dim2=-1) + 1e-9)
         error = (say * square).flatten(1).sum(1) / say.flatten(1).sum(1)
     total = pull.new_zeros(B, T, 6, 1).index_add(1, j, pull).index_add(1, i, back.mT @ pull).flatten(1)
     total = total + share[:, None] * push
-    return torch.linalg.solve(table, total[:, 6:]).unflatten(1, (T - 1, 6)).clamp(-STEP, STEP), error
+    update = torch.linalg.solve(table, total[:, 6:]).unflatten(1, (T - 1, 6)).clamp(-STEP, STEP)
+    return _Step(update, table, error)
 
 
-def _steadiness(w2c: Float[Tensor, "B T 4 4"]) -> tuple[Float[Tensor, "B T6 T6"], Float[Tensor, "B T6"]]:
-    """Normal equations of the prior."""
+def _prior(
+    w2c: Float[Tensor, "B T 4 4"], width: Float[Tensor, "B 2 6"]
+) -> tuple[Float[Tensor, "B T6 T6"], Float[Tensor, "B T6"]]:
+    """Its normal equations."""
+    size = 6 * w2c.shape[1]
+    normal, push = w2c.new_zeros(len(w2c), size, size), w2c.new_zeros(len(w2c), size)
+    for (motion, slope), wide in zip(_motions(w2c), width.unbind(1), strict=True):
+        rows = (slope / wide[:, None, :, None]).flatten(1, 2)
+        normal = normal + rows.mT @ rows
+        push = push - (rows.mT @ (motion / wide[:, None]).flatten(1)[..., None])[..., 0]
+    return normal, push
+
+
+def _widths(w2c: Float[Tensor, "B T 4 4"], covariance: Float[Tensor, "B _ _"]) -> Float[Tensor, "B 2 6"]:
+    """Root mean square of velocity and acceleration, by axis, as expected when cameras are as uncertain as that."""
+    found = []
+    for motion, slope in _motions(w2c):
+        free = slope[..., 6:]
+        spread = ((free @ covariance[:, None]) * free).sum(-1)
+        found.append((motion**2 + spread).sum(1) / max(1, motion.shape[1]))
+    return torch.stack(found, dim=1).sqrt().clamp(min=NARROWEST)
+
+
+def _motions(w2c: Float[Tensor, "B T 4 4"]) -> list[tuple[Float[Tensor, "B _ 6"], Float[Tensor, "B _ 6 T6"]]]:
+    """Velocities and accelerations (turns, translations), and how they change with small motions after each w2c."""
     B, T = w2c.shape[:2]
     motion = w2c[:, 1:] @ inverse(w2c[:, :-1])
-    velocity = torch.cat([so3_log(motion[..., :3, :3]), motion[..., :3, 3]], dim=-1)
-    slope = w2c.new_zeros(B, T - 1, 6, T, 6)  # of velocities by the small motions after each w2c
+    turn, move = so3_log(motion[..., :3, :3]), motion[..., :3, 3]
+    velocity = torch.cat([turn, move], dim=-1)
+    after = torch.eye(6, dtype=w2c.dtype, device=w2c.device).repeat(B, T - 1, 1, 1)
+    after[..., :3, :3] -= cross_matrix(turn) / 2  # but for terms of second order
+    after[..., 3:, :3] -= cross_matrix(move)
+    slope = w2c.new_zeros(B, T - 1, 6, T, 6)
     index = torch.arange(T - 1, device=w2c.device)
-    slope[:, index, :, index + 1] = torch.eye(6, dtype=w2c.dtype, device=w2c.device)
-    slope[:, index, :, index] = -_adjoint(motion).transpose(0, 1)
-    scale = torch.cat([w2c.new_full((3,), 1 / STEADY[0]), w2c.new_full((3,), 1 / STEADY[1])])
-    change = (slope.diff(dim=1) * scale[:, None, None]).flatten(3).flatten(1, 2)
-    acceleration = (velocity.diff(dim=1) * scale).flatten(1)
-    return change.mT @ change, -(change.mT @ acceleration[..., None])[..., 0]
+    slope[:, index, :, index + 1] = after.transpose(0, 1)
+    slope[:, index, :, index] = -(after @ _adjoint(motion)).transpose(0, 1)
+    slope = slope.flatten(3)
+    return [(velocity, slope), (velocity.diff(dim=1), slope.diff(dim=1))]
 
 
 def _say(square: Float[Tensor, "B E N"]) -> Float[Tensor, "B E N"]:
@@ -181,11 +223,9 @@ def _moved(w2c: Float[Tensor, "B T 4 4"], update: Float[Tensor, "B _ 6"]) -> Flo
 
 def _adjoint(motion: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 6 6"]:
     """A small motion (rotation, translation) before `motion`, as one after it."""
-    rotation, (x, y, z) = motion[..., :3, :3], motion[..., :3, 3].unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+    rotation = motion[..., :3, :3]
     top = torch.cat([rotation, torch.zeros_like(rotation)], dim=-1)
-    return torch.cat([top, torch.cat([cross @ rotation, rotation], dim=-1)], dim=-2)
+    return torch.cat([top, torch.cat([cross_matrix(motion[..., :3, 3]) @ rotation, rotation], dim=-1)], dim=-2)
 
 
 def _scaled(pose: Float[Tensor, "B T 4 4"], factor: Float[Tensor, "B 1 1"]) -> Float[Tensor, "B T 4 4"]:

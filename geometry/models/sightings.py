@@ -9,7 +9,7 @@ from torch import Tensor
 from geometry.cameras import pixel_grid
 from geometry.models.correlation import SPANS, Correspondence
 from geometry.models.cues import rays
-from geometry.models.path import SHARED, Sightings, solve_path
+from geometry.models.path import Sightings, solve_path
 from geometry.models.solver import solve_relative
 
 DEPTH_GRADIENT = 0.2
@@ -71,9 +71,8 @@ def clip_cameras(
     intrinsics: Float[Tensor, "B T 3 3"],
     patch: int,
     start: Float[Tensor, "B T 4 4"],
-    shared: float = SHARED,
 ) -> Float[Tensor, "B T 4 4"]:
-    """Cameras `c2w` of the clip that these displacements ask for, from `start` on; `shared` as in `solve_path`."""
+    """Cameras `c2w` of the clip that these displacements ask for, from `start` on."""
     centres = patch * pixel_grid(log_depth.shape[2], log_depth.shape[3], log_depth)
     focal, middle = lens(intrinsics)
     scale = focal[:, seen.target]
@@ -84,7 +83,7 @@ def clip_cameras(
         ((centres + seen.flow - middle[:, seen.target]) / scale).flatten(2, 3),
         (seen.information * seen.say[..., None, None] * scale[..., None] * scale[..., None, :]).flatten(2, 3),
     )
-    return solve_path(_depth(log_depth).flatten(2), sightings, start, shared=shared)
+    return solve_path(_depth(log_depth).flatten(2), sightings, start)
 
 
 def lens(intrinsics: Float[Tensor, "B T 3 3"]) -> tuple[Float[Tensor, "B T 1 1 2"], Float[Tensor, "B T 1 1 2"]]:

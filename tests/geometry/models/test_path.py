@@ -1,10 +1,13 @@
 """Cameras of a whole clip: exact on exact sightings, steadier for what is far apart, with the solution's gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from geometry.cameras import inverse, pixel_grid, project, relative, rigid, so3_exp, so3_log
+from geometry.models import path
 from geometry.models.correlation import SPANS, Correspondence, Spans
 from geometry.models.path import Sightings, solve_path
 from geometry.models.sightings import clip_cameras, edges
@@ -15,19 +18,21 @@ NEIGHBOURS = [(i, i + 1) for i in range(4)] + [(i + 1, i) for i in range(4)]
 FURTHER = [(0, 2), (1, 3), (2, 4), (0, 4)]
 
 
-def scene(seed, edges, tokens=40):
-    """Five random cameras, depths and what is seen along the edges, in double precision."""
+def scene(seed, edges, tokens=40, c2w=None):
+    """Cameras (if not given five random ones, twice), depths and what is seen along the edges, in double precision."""
     rng = torch.Generator().manual_seed(seed)
-    rays = torch.rand(2, 5, tokens, 2, generator=rng, dtype=torch.float64) - 0.5
-    depth = 1 + 3 * torch.rand(2, 5, tokens, generator=rng, dtype=torch.float64)
-    twist = 0.06 * torch.randn(2, 5, 6, generator=rng, dtype=torch.float64)
-    twist[:, 0] = 0
-    c2w = rigid(so3_exp(twist[..., :3]), twist[..., 3:])
+    B, T = (2, 5) if c2w is None else c2w.shape[:2]
+    rays = torch.rand(B, T, tokens, 2, generator=rng, dtype=torch.float64) - 0.5
+    depth = 1 + 3 * torch.rand(B, T, tokens, generator=rng, dtype=torch.float64)
+    if c2w is None:
+        twist = 0.06 * torch.randn(B, T, 6, generator=rng, dtype=torch.float64)
+        twist[:, 0] = 0
+        c2w = rigid(so3_exp(twist[..., :3]), twist[..., 3:])
     source, target = torch.tensor(edges).unbind(1)
     points = (torch.cat([rays, torch.ones_like(rays[..., :1])], -1) * depth[..., None])[:, source]
     motion = inverse(c2w)[:, target] @ c2w[:, source]
     moved = points @ motion[..., :3, :3].mT + motion[..., None, :3, 3]
-    root = torch.randn(2, len(edges), tokens, 2, 2, generator=rng, dtype=torch.float64)
+    root = torch.randn(B, len(edges), tokens, 2, 2, generator=rng, dtype=torch.float64)
     return c2w, depth, Sightings(source, target, rays, moved[..., :2] / moved[..., 2:], root @ root.mT)
 
 
@@ -72,7 +77,7 @@ def test_its_gradient_is_that_of_the_solution(what):
     def value(x):
         now = given | {what: x}
         parts = {name: now[name] for name in ("rays", "there", "information")}
-        found = solve_path(now["depth"], seen._replace(**parts), still(c2w), steps=12, robust=False, steady=False)
+        found = solve_path(now["depth"], seen._replace(**parts), still(c2w), steps=12, robust=False, prior=False)
         return (found * probe).sum()
 
     x = given[what].clone().requires_grad_()
@@ -91,11 +96,11 @@ def test_frames_further_apart_hold_the_path_together():
     noisy = seen._replace(there=seen.there + noise, information=torch.eye(2).double().expand_as(seen.information))
     n = len(NEIGHBOURS)
     near = Sightings(noisy.source[:n], noisy.target[:n], noisy.rays, noisy.there[:, :n], noisy.information[:, :n])
-    with_far, without = (solve_path(depth, x, still(c2w), steps=8, steady=False) for x in (noisy, near))
+    with_far, without = (solve_path(depth, x, still(c2w), steps=8, prior=False) for x in (noisy, near))
     assert degrees(with_far, c2w)[:, 1:].mean() < 0.85 * degrees(without, c2w)[:, 1:].mean()
 
 
-def test_shake_is_found_and_bent_pictures_are_not_taken_for_it():
+def test_shake_is_found_and_bent_pictures_are_not_taken_for_it(monkeypatch):
     """A camera that shakes, seen as it is, keeps its shake; a steady one, in frames that are bent, stays steady."""
     shaken, depth, seen = scene(7, NEIGHBOURS + FURTHER)
     noise = 1e-4 * torch.randn(seen.there.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -109,11 +114,85 @@ def test_shake_is_found_and_bent_pictures_are_not_taken_for_it():
     slope = 0.05 * torch.randn(2, len(seen.source), 2, 2, generator=rng, dtype=torch.float64)
     bend = 0.01 * torch.randn(2, len(seen.source), 1, 2, generator=rng, dtype=torch.float64)
     bent = seen._replace(there=points[..., :2] + bend + points[..., :2] @ slope)
-    steady, naive = (solve_path(depth, bent, calm, steps=9, steady=x) for x in (True, False))
-    assert jolt(steady) < 0.5 * jolt(naive)
-    counted = [solve_path(depth, bent, calm, steps=9, shared=x) for x in (0.0, 3.0, 30.0)]
-    assert jolt(counted[0]) > 1.1 * jolt(counted[1]) > 1.2 * jolt(counted[2])
-    torch.testing.assert_close(counted[2], steady, rtol=0, atol=0)
+    found = {"naive": jolt(solve_path(depth, bent, calm, steps=9, prior=False))}
+    for shared in (0.5, path.SHARED, 5 * path.SHARED):
+        monkeypatch.setattr(path, "SHARED", shared)
+        found[shared] = jolt(solve_path(depth, bent, calm, steps=9))
+    steadier = list(found.values())
+    assert all(more > 1.1 * less for more, less in pairwise(steadier)), found
+    assert steadier[2] < 0.5 * steadier[0]
+
+
+LONG = [(i, i + span) for span in (1, 2, 4) for i in range(12 - span)]
+"""Edges of twelve frames."""
+
+
+def test_each_axis_keeps_the_sway_that_the_clip_shows(monkeypatch):
+    """Nodding stays, noise about the pan goes; the control has the pan's width for all axes, and loses the nodding."""
+    t, rng = torch.arange(12).double(), torch.Generator().manual_seed(11)
+    turn = torch.stack([0.02 * torch.sin(2 * t), 0.03 * t, 0 * t], dim=-1)
+    c2w = rigid(so3_exp(turn), torch.zeros(12, 3).double())[None]
+    _, depth, seen = scene(3, LONG, c2w=c2w)
+    error = 3e-3 * torch.randn(1, len(LONG), 1, 2, generator=rng, dtype=torch.float64)  # of all tokens: as a turn
+    error = error + 0.01 * torch.randn(seen.there.shape, generator=rng, dtype=torch.float64)
+    seen = seen._replace(there=seen.there + error, information=torch.eye(2).double().expand_as(seen.information))
+    naive, found = (solve_path(depth, seen, still(c2w), prior=x) for x in (False, True))
+    monkeypatch.setattr(path, "_widths", lambda w2c, _: torch.full((1, 2, 6), 1e-3, dtype=w2c.dtype))
+    fixed = solve_path(depth, seen, still(c2w))
+
+    def change(poses):
+        return so3_log(relative(poses)[..., :3, :3]).diff(dim=1)[0]
+
+    wanted = change(c2w)
+    shares = {name: (change(x)[:, 0] @ wanted[:, 0]) / (wanted[:, 0] @ wanted[:, 0])
+              for name, x in (("found", found), ("fixed", fixed))}  # fmt: skip
+    assert shares["found"] > 0.9 > 0.7 > shares["fixed"], shares
+    off = [(change(x) - wanted)[:, 1:].norm() for x in (naive, found)]
+    assert off[1] < 0.7 * off[0], off
+
+
+def test_a_still_axis_has_no_share_in_what_is_seen():
+    """A sideways move over little relief looks like a turn, nearly: the turn is left out where it is not needed."""
+    c2w, rng = still(torch.empty(1, 12, 4, 4).double()).clone(), torch.Generator().manual_seed(12)
+    c2w[:, :, 0, 3] = 0.05 * torch.arange(12)
+    _, depth, seen = scene(3, LONG, c2w=c2w)
+    seen = seen._replace(information=torch.eye(2).double().expand_as(seen.information))
+    wrong = depth * (0.05 * torch.randn(depth.shape, generator=rng, dtype=torch.float64)).exp()
+    naive, found = (degrees(solve_path(wrong, seen, still(c2w), prior=x), c2w)[0, -1] for x in (False, True))
+    assert found < 0.4 * naive, (found, naive)
+
+
+def test_the_priors_equations_are_those_of_its_sum():
+    """Gradient by autograd of |v / sigma|^2 + |a / sigma|^2 over small motions."""
+    w2c, rng = inverse(scene(2, NEIGHBOURS)[0]), torch.Generator().manual_seed(1)
+    width = 0.01 + torch.rand(2, 2, 6, dtype=torch.float64, generator=rng)
+    small = torch.zeros(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    both = path._motions(path._moved(w2c, small))
+    total = sum(
+        (motion / wide[:, None]).square().sum() for (motion, _), wide in zip(both, width.unbind(1), strict=True)
+    )
+    (wanted,) = torch.autograd.grad(total, small)
+    _, push = path._prior(w2c, width)
+    off = (-2 * push[:, 6:].unflatten(1, (4, 6)) - wanted).norm() / wanted.norm()
+    assert off < 5e-3  # second order in turns of a tenth
+
+
+def test_widths_are_what_samples_of_the_cameras_have():
+    """The expectation step, against cameras drawn from the covariance."""
+    c2w, _, _ = scene(2, NEIGHBOURS)
+    w2c = inverse(c2w)
+    rng = torch.Generator().manual_seed(3)
+    root = 0.02 * torch.randn(2, 24, 24, generator=rng, dtype=torch.float64) / 24**0.5
+    draws = root @ torch.randn(2, 24, 4000, generator=rng, dtype=torch.float64)
+    square = torch.zeros(2, 2, 6, dtype=torch.float64)
+    for draw in draws.unbind(-1):
+        moved = path._motions(path._moved(w2c, draw.unflatten(1, (4, 6))))
+        square += torch.stack([motion.square().mean(1) for motion, _ in moved], dim=1) / 4000
+    found = path._widths(w2c, root @ root.mT)
+    torch.testing.assert_close(found, square.sqrt(), rtol=0.02, atol=0)
+    at_rest = path._widths(w2c, torch.zeros_like(root))
+    assert (at_rest < 0.99 * found).all()
+    assert (path._widths(inverse(still(c2w)), torch.zeros_like(root)) == path.NARROWEST).all()
 
 
 def test_what_moves_by_itself_loses_its_say():
