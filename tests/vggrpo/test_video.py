@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from geometry.world import make_clips
 from launch.prompts import FILES, prompts
 from rewards import ESTIMATED, REWARDS
-from vggrpo import cli
+from vggrpo import base_motion, cli
 from vggrpo.build import build, chosen_rewards
 from vggrpo.check import check
 from vggrpo.checkpoint import load_checkpoint
@@ -54,7 +54,8 @@ def tuned(tmp_path_factory):
     return folder
 
 
-def test_prompts_can_be_held_to_the_base_models_own_motion(tmp_path):
+def test_prompts_can_be_held_to_the_base_models_own_motion(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_motion, "STILL", 0.0)  # three steps make five frames that hardly move
     two = tmp_path / "two.txt"
     two.write_text("\n".join(prompts(*FILES["train"])[:2]))
     recipe = load_recipe(RECIPE, [*SMALL, f"video.prompts={two}", "video.motion_samples=2"])
@@ -67,7 +68,8 @@ def test_prompts_can_be_held_to_the_base_models_own_motion(tmp_path):
     assert told.reward(scene, rollout.cond).min() > -1
 
 
-def test_the_base_models_motion_is_not_the_tuned_ones_when_a_run_goes_on(tuned, tmp_path):
+def test_the_base_models_motion_is_not_the_tuned_ones_when_a_run_goes_on(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_motion, "STILL", 0.0)
     (tmp_path / "one.txt").write_text(prompts(*FILES["train"])[0])
     recipe = load_recipe(RECIPE, [*SMALL, f"video.prompts={tmp_path / 'one.txt'}", "video.motion_samples=1"])
     weights = load_checkpoint(tuned / "checkpoints").tensors["weights"]
