@@ -8,6 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from geometry.cameras import (
     anchored,
+    cross_matrix,
     inverse,
     pinhole,
     pixel_grid,
@@ -45,6 +46,11 @@ def test_so3_log_is_differentiable_at_the_identity():
     assert torch.autograd.gradcheck(lambda w: so3_log(so3_exp(w)), (omega,))
     assert so3_log(so3_exp(omega)).sum().backward() is None
     torch.testing.assert_close(omega.grad, torch.ones_like(omega))
+
+
+def test_the_cross_matrix_is_the_cross_product():
+    v, x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close((cross_matrix(v) @ x[..., None])[..., 0], torch.linalg.cross(v, x))
 
 
 def test_rigid_motions_invert_and_compose_like_matrices():
