@@ -85,22 +85,21 @@ def solve_path(
     points = points[:, seen.source].mT.contiguous()
     w2c = inverse(_scaled(start.detach(), 1 / unit))
     problem = _Problem(seen.source, seen.target, points, seen.there.mT.contiguous(), xx, xy, yy, robust)
-    width = points.new_ones(len(points), 2, 6)
-    share = points.new_zeros(len(points))
+    known = None
     with torch.no_grad():
         for _ in range(steps if prior else steps - 1):
-            w2c = _moved(w2c, _step(w2c, problem, share, width).update)
+            w2c = _moved(w2c, _step(w2c, problem).update)
         if prior:
-            step = _step(w2c, problem, share, width)
+            step = _step(w2c, problem)
             share = SHARED * step.error
-            width = _widths(w2c, torch.zeros_like(step.table))
+            known = _Prior(share, _widths(w2c, torch.zeros_like(step.table)))
             for _ in range(ROUNDS):
-                step = _step(w2c, problem, share, width)
+                step = _step(w2c, problem, known)
                 w2c = _moved(w2c, step.update)
-                width = _widths(w2c, share[:, None, None] * torch.linalg.inv(step.table))
+                known = _Prior(share, _widths(w2c, share[:, None, None] * torch.linalg.inv(step.table)))
             for _ in range(steps - 1):
-                w2c = _moved(w2c, _step(w2c, problem, share, width).update)
-    w2c = _moved(w2c, _step(w2c, problem, share, width).update)
+                w2c = _moved(w2c, _step(w2c, problem, known).update)
+    w2c = _moved(w2c, _step(w2c, problem, known).update)
     return _scaled(inverse(w2c), unit)
 
 
@@ -117,6 +116,13 @@ class _Problem(NamedTuple):
     robust: bool
 
 
+class _Prior(NamedTuple):
+    share: Float[Tensor, " B"]
+    """What it counts: s^2 SHARED, since the equations are not divided by that."""
+    width: Float[Tensor, "B 2 6"]
+    """Of velocity and acceleration, by axis."""
+
+
 class _Step(NamedTuple):
     update: Float[Tensor, "B _ 6"]
     """Rotation and translation of every camera but the first, to be applied after its w2c."""
@@ -126,10 +132,8 @@ class _Step(NamedTuple):
     """s^2, before it."""
 
 
-def _step(
-    w2c: Float[Tensor, "B T 4 4"], given: _Problem, share: Float[Tensor, " B"], width: Float[Tensor, "B 2 6"]
-) -> _Step:
-    """One of Gauss-Newton; the prior, with these widths, counts `share`."""
+def _step(w2c: Float[Tensor, "B T 4 4"], given: _Problem, known: _Prior | None = None) -> _Step:
+    """One of Gauss-Newton."""
     B, T = w2c.shape[:2]
     i, j = given.source, given.target
     motion = w2c[:, j] @ inverse(w2c[:, i])
@@ -151,12 +155,15 @@ def _step(
         for row, column, block in ((j, j, normal), (i, j, mixed), (j, i, mixed.mT), (i, i, mixed @ back)):
             table.index_add_(1, row * T + column, block)
         table = table.unflatten(1, (T, T)).transpose(2, 3).reshape(B, 6 * T, 6 * T)
-        prior, push = _prior(w2c, width)
-        table = (table + share[:, None, None] * prior)[:, 6:, 6:]
+        if known is not None:
+            prior, push = _prior(w2c, known.width)
+            table = table + known.share[:, None, None] * prior
+        table = table[:, 6:, 6:]
         table = table + torch.diag_embed(DAMPING * table.diagonal(dim1=-2, dim2=-1) + 1e-9)
         error = (say * square).flatten(1).sum(1) / say.flatten(1).sum(1)
     total = pull.new_zeros(B, T, 6, 1).index_add(1, j, pull).index_add(1, i, back.mT @ pull).flatten(1)
-    total = total + share[:, None] * push
+    if known is not None:
+        total = total + known.share[:, None] * push
     update = torch.linalg.solve(table, total[:, 6:]).unflatten(1, (T - 1, 6)).clamp(-STEP, STEP)
     return _Step(update, table, error)
 

@@ -167,14 +167,17 @@ def test_the_priors_equations_are_those_of_its_sum():
     w2c, rng = inverse(scene(2, NEIGHBOURS)[0]), torch.Generator().manual_seed(1)
     width = 0.01 + torch.rand(2, 2, 6, dtype=torch.float64, generator=rng)
     small = torch.zeros(2, 4, 6, dtype=torch.float64, requires_grad=True)
-    both = path._motions(path._moved(w2c, small))
-    total = sum(
-        (motion / wide[:, None]).square().sum() for (motion, _), wide in zip(both, width.unbind(1), strict=True)
-    )
+    (velocity, _), (acceleration, _) = path._motions(path._moved(w2c, small))
+    total = (velocity / width[:, :1]).square().sum() + (acceleration / width[:, 1:]).square().sum()
     (wanted,) = torch.autograd.grad(total, small)
-    _, push = path._prior(w2c, width)
+    normal, push = path._prior(w2c, width)
     off = (-2 * push[:, 6:].unflatten(1, (4, 6)) - wanted).norm() / wanted.norm()
     assert off < 5e-3  # second order in turns of a tenth
+    probe = torch.randn(2, 24, generator=rng, dtype=torch.float64)
+    slopes = [slope[..., 6:] for _, slope in path._motions(w2c)]
+    ahead = [(slope @ probe[:, None, :, None])[..., 0] / width[:, k, None] for k, slope in enumerate(slopes)]
+    bent = (probe[:, None] @ normal[:, 6:, 6:] @ probe[..., None]).flatten()
+    torch.testing.assert_close(bent, sum(x.square().flatten(1).sum(1) for x in ahead))
 
 
 def test_widths_are_what_samples_of_the_cameras_have():
