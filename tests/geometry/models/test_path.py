@@ -89,6 +89,29 @@ def test_its_gradient_is_that_of_the_solution(what):
     assert (gradient * direction.flip(2)).sum().item() != pytest.approx(wanted.item(), rel=0.1)  # the control
 
 
+def test_its_gradient_knows_of_the_prior(monkeypatch):
+    """As above, with widths and s^2 held, which carry no gradient; the control is the gradient without the prior."""
+    c2w, depth, seen = scene(1, NEIGHBOURS + FURTHER)
+    take, rng = path._step, torch.Generator().manual_seed(2)
+    monkeypatch.setattr(path, "_widths", lambda w2c, _: torch.full((2, 2, 6), 0.05, dtype=w2c.dtype))
+    monkeypatch.setattr(path, "_step", lambda *x: take(*x)._replace(error=torch.full((2,), 0.01, dtype=x[0].dtype)))
+    probe = torch.randn(2, 5, 4, 4, generator=rng, dtype=torch.float64)
+    direction = torch.randn(seen.there.shape, generator=rng, dtype=torch.float64)
+
+    def value(there, prior=True):
+        found = solve_path(depth, seen._replace(there=there), still(c2w), steps=12, robust=False, prior=prior)
+        return (found * probe).sum()
+
+    there = seen.there.clone().requires_grad_()
+    known, without = (
+        (torch.autograd.grad(value(there, prior), there)[0] * direction).sum().item() for prior in (True, False)
+    )
+    ahead, back = (value(seen.there + step * direction).item() for step in (1e-5, -1e-5))
+    wanted = (ahead - back) / 2e-5
+    assert known == pytest.approx(wanted, rel=0.02)
+    assert without != pytest.approx(wanted, rel=0.5)
+
+
 def test_frames_further_apart_hold_the_path_together():
     """Sightings with noise: the far end is worse without them, and worst where neighbours are chained one by one."""
     c2w, depth, seen = scene(3, NEIGHBOURS + FURTHER)
